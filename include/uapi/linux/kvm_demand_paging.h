@@ -1,0 +1,428 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * Demand paging for KVM guests, 4 KiB at a time on any backing.
+ *
+ * This header is the one definition of the ABI; the module's and the userspace
+ * crate's bindings are both generated from it.
+ *
+ * Opening /dev/kvm-demand-paging makes a *VM*. Its file descriptor takes the
+ * ioctls below and is the notification fd: read(2) returns struct kdp_event,
+ * poll(2) says when there is one. A *memslot* of the VM has a file descriptor
+ * of its own, which is mapped to get guest memory and the present bitmap.
+ *
+ * A page is 4096 bytes everywhere in this ABI, whatever the backing. A page is
+ * named by its index in its memslot: page 0 is the memslot's first.
+ */
+#ifndef _UAPI_LINUX_KVM_DEMAND_PAGING_H
+#define _UAPI_LINUX_KVM_DEMAND_PAGING_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+/* Changes only when an old program would misread a new kernel module. */
+#define KDP_API_VERSION	1
+
+#define KDP_DEVICE_PATH	"/dev/kvm-demand-paging"
+
+/* Where memslots created with a name appear. */
+#define KDP_MEMSLOT_DIR	"/dev/kdp"
+
+#define KDP_PAGE_SHIFT	12
+
+/* Limits, also reported by KDP_INFO. */
+#define KDP_MAX_MEMSLOTS	4096	/* memslots of one VM */
+#define KDP_MAX_VCPU_THREADS	4096	/* threads of one VM with exits on */
+#define KDP_MAX_RANGES		16384	/* ranges of one KDP_MARK */
+#define KDP_MAX_PAGES		(1ULL << 36)	/* pages of one memslot: 256 TiB */
+
+/* The size of a name with its NUL. */
+#define KDP_NAME_LEN	32
+
+/*
+ * mmap(2) offset, on a memslot's fd, of the present bitmap: one bit per page,
+ * 1 is present, in 64-bit little-endian words; page n is bit n % 64 of word
+ * n / 64. Its length is nr_pages / 8 bytes rounded up to a page. Guest memory
+ * is at offset 0.
+ *
+ * Set a bit with an atomic OR of release ordering, after the page's bytes are
+ * written through a mapping of the memfd. Never clear one by hand: only
+ * KDP_MARK unmaps the page from those who have it. A page that somebody
+ * *waits* for (an event was read) must be resolved by KDP_MARK, which wakes.
+ */
+#define KDP_BITMAP_OFFSET	(1ULL << 60)
+
+#define KDP_IOC_TYPE	0xdb
+
+/**
+ * DOC: ioctls
+ *
+ * Every argument begins with its size in bytes, as the caller knows it. A
+ * caller with a newer, longer struct than the module's is accepted as long as
+ * what the module does not know is zero.
+ *
+ * These errors are common to all ioctls:
+ *
+ *  - EINVAL: the size is below the first published one.
+ *  - E2BIG: the struct is longer than the module's and not zero there.
+ *  - EOPNOTSUPP: a flag or a mode that the module does not know, or a reserved
+ *    field that is not zero.
+ *  - EFAULT: the argument, or memory that it points at, cannot be accessed.
+ *  - ENOMEM: out of memory.
+ *  - ENOTTY: an ioctl that the module does not know, or one that is not for
+ *    this file descriptor. Memslot fds take none.
+ *  - ENOENT: the VM has no memslot of this slot_id.
+ */
+
+/**
+ * struct kdp_info - ioctl(KDP_INFO)
+ * @size: sizeof(struct kdp_info)
+ * @flags: must be 0
+ * @api_version: out: KDP_API_VERSION of the module
+ * @page_shift: out: log2 of the page size, 12
+ * @features: out: KDP_FEATURE_*
+ * @bitmap_offset: out: KDP_BITMAP_OFFSET
+ * @max_pages: out: pages that one memslot may have
+ * @max_memslots: out: memslots that one VM may have
+ * @max_vcpu_threads: out: threads that one VM may have exits on for
+ * @max_ranges: out: ranges that one KDP_MARK may name
+ * @event_size: out: sizeof(struct kdp_event) that read(2) returns
+ *
+ * What this module can do.
+ */
+struct kdp_info {
+	__u32 size;
+	__u32 flags;
+	__u32 api_version;
+	__u32 page_shift;
+	__u64 features;
+	__u64 bitmap_offset;
+	__u64 max_pages;
+	__u32 max_memslots;
+	__u32 max_vcpu_threads;
+	__u32 max_ranges;
+	__u32 event_size;
+};
+#define KDP_INFO	_IO(KDP_IOC_TYPE, 0x80)
+
+/* KVM is loaded and its tracepoints are there: KDP_VCPU_EXITS works. */
+#define KDP_FEATURE_EXITS	(1ULL << 0)
+/* Memslots may have a name, and so a path under KDP_MEMSLOT_DIR. */
+#define KDP_FEATURE_PATHS	(1ULL << 1)
+/* Whole blocks are mapped by huge page table entries. */
+#define KDP_FEATURE_HUGE	(1ULL << 2)
+/* KDP_STATE_ZERO. */
+#define KDP_FEATURE_ZERO	(1ULL << 3)
+
+/**
+ * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
+ * @size: sizeof(struct kdp_memslot_create)
+ * @flags: KDP_MEMSLOT_* flags
+ * @slot_id: the caller's name for the memslot, unique in the VM
+ * @memfd: a memfd (memfd_create(2)) of shmem or hugetlb pages, open for
+ *         writing, sealed with F_SEAL_SHRINK
+ * @base_gfn: the guest frame number of page 0
+ * @nr_pages: length in pages
+ * @memfd_offset: where in the memfd page 0 is, in bytes
+ * @fd: out: the memslot's fd, opened with O_CLOEXEC
+ * @__reserved: must be 0
+ * @name: NUL-terminated and zero-padded; empty, or 1 to 31 of [A-Za-z0-9._-]
+ *        that do not begin with a dot. A named memslot can also be opened as
+ *        /dev/kdp/NAME, until it is removed or its VM is closed. The node is
+ *        created for root alone (mode 0600); chown(2) it for others.
+ *
+ * Create a memslot. Its cost does not depend on its size: neither memory nor
+ * bitmap is allocated before it is touched.
+ *
+ * The memfd's pages are pinned one by one as they are mapped. Pinned shmem
+ * pages are charged to the RLIMIT_MEMLOCK of the user who opened the VM, with
+ * the limit that the caller of this ioctl has; CAP_IPC_LOCK lifts it. hugetlb
+ * pages are not charged.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EBADF: memfd is not an open fd.
+ *  - EACCES: memfd is not open for writing.
+ *  - EINVAL: memfd is not a memfd of shmem or hugetlb; nr_pages is 0 or above
+ *    the limit; memfd_offset or, on hugetlb, nr_pages is not a multiple of the
+ *    backing's page size; the range runs past the memfd's end; base_gfn +
+ *    nr_pages overflows a 52-bit guest physical address; the name is malformed.
+ *  - EPERM: memfd lacks F_SEAL_SHRINK, or has F_SEAL_WRITE or
+ *    F_SEAL_FUTURE_WRITE.
+ *  - EEXIST: slot_id, a part of the GFN range or the name is taken.
+ *  - ENOSPC: the VM has max_memslots memslots.
+ *  - EMFILE, ENFILE: no file descriptor is left.
+ */
+struct kdp_memslot_create {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__s32 memfd;
+	__u64 base_gfn;
+	__u64 nr_pages;
+	__u64 memfd_offset;
+	__s32 fd;
+	__u32 __reserved;
+	__u8 name[KDP_NAME_LEN];
+};
+#define KDP_MEMSLOT_CREATE	_IO(KDP_IOC_TYPE, 0x81)
+
+/* Create the memslot with demand paging on and every page absent. */
+#define KDP_MEMSLOT_PAGING	(1U << 0)
+
+/**
+ * struct kdp_memslot_remove - ioctl(KDP_MEMSLOT_REMOVE)
+ * @size: sizeof(struct kdp_memslot_remove)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @__reserved: must be 0
+ *
+ * Remove a memslot. It is unmapped from every process before the call returns;
+ * who waits for one of its pages, and whoever touches it from now on, gets
+ * SIGBUS (or EFAULT, in the kernel), through fds that are still open, too. Its
+ * pages are unpinned.
+ */
+struct kdp_memslot_remove {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 __reserved;
+};
+#define KDP_MEMSLOT_REMOVE	_IO(KDP_IOC_TYPE, 0x82)
+
+/**
+ * struct kdp_memslot_get - ioctl(KDP_MEMSLOT_GET)
+ * @size: sizeof(struct kdp_memslot_get)
+ * @flags: KDP_GET_* flags
+ * @slot_id: in: the memslot, or with KDP_GET_NEXT the lowest slot_id to
+ *           consider; out: the memslot that was found
+ * @paging: out: KDP_PAGING_OFF or KDP_PAGING_ON
+ * @base_gfn: out: the guest frame number of page 0
+ * @nr_pages: out: length in pages
+ * @memfd_offset: out: where in the memfd page 0 is, in bytes
+ * @backing_page_size: out: 4096 for shmem, the huge page size for hugetlb
+ * @fd: out: a new fd of the memslot with KDP_GET_FD, else -1
+ * @memfd: out: a new fd of its memfd with KDP_GET_MEMFD, else -1
+ * @name: out: the name, empty if it has none
+ *
+ * Describe a memslot, and get at its files. A handler that was handed the VM's
+ * fd alone, say after its predecessor died, finds all it needs by this call.
+ *
+ * Errors beside the common ones:
+ *
+ *  - ENOENT: no such memslot; with KDP_GET_NEXT, none from slot_id upwards.
+ *  - EMFILE, ENFILE: no file descriptor is left.
+ */
+struct kdp_memslot_get {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 paging;
+	__u64 base_gfn;
+	__u64 nr_pages;
+	__u64 memfd_offset;
+	__u64 backing_page_size;
+	__s32 fd;
+	__s32 memfd;
+	__u8 name[KDP_NAME_LEN];
+};
+#define KDP_MEMSLOT_GET	_IO(KDP_IOC_TYPE, 0x83)
+
+#define KDP_GET_NEXT	(1U << 0)
+#define KDP_GET_FD	(1U << 1)
+#define KDP_GET_MEMFD	(1U << 2)
+
+/**
+ * struct kdp_paging - ioctl(KDP_PAGING)
+ * @size: sizeof(struct kdp_paging)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @mode: KDP_PAGING_OFF, KDP_PAGING_ON or KDP_PAGING_ON_PRESENT
+ *
+ * Switch demand paging of a memslot, while its guest runs.
+ *
+ * OFF: every page becomes present, whatever its state was; all waiters go on;
+ * the memslot is mapped as large as its backing allows; the bitmap's memory is
+ * given back, and touching a mapping of it gives SIGBUS.
+ *
+ * ON: every page becomes absent, unmapped from every process before the call
+ * returns. ON_PRESENT: every page becomes present, and can be made absent.
+ * Both start with a fresh bitmap, also when paging is on already.
+ */
+struct kdp_paging {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 mode;
+};
+#define KDP_PAGING	_IO(KDP_IOC_TYPE, 0x84)
+
+#define KDP_PAGING_OFF		0
+#define KDP_PAGING_ON		1
+#define KDP_PAGING_ON_PRESENT	2
+
+/**
+ * struct kdp_range - pages of a memslot
+ * @first: the index of the first page
+ * @count: how many, not 0
+ */
+struct kdp_range {
+	__u64 first;
+	__u64 count;
+};
+
+/**
+ * struct kdp_mark - ioctl(KDP_MARK)
+ * @size: sizeof(struct kdp_mark)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @state: KDP_STATE_PRESENT, KDP_STATE_ABSENT or KDP_STATE_ZERO
+ * @ranges: address of an array of struct kdp_range
+ * @nr_ranges: its length, 1 to max_ranges
+ * @done: out: ranges that were done wholly
+ * @changed: out: pages whose state this call changed
+ *
+ * Change the state of pages. All ranges are checked before anything changes.
+ * They may overlap; they are done in their order.
+ *
+ * PRESENT: the pages' bytes are in the memfd. Everything written to them
+ * before the call is seen by whoever touches them after it. Who waits for them
+ * goes on. A page that is present already stays as it is and is not counted in
+ * @changed, but who waits for it is woken: this is also how to wake waiters
+ * of a page whose bit was set by hand.
+ *
+ * ABSENT: the pages' bytes are elsewhere. They are unmapped from every process
+ * before the call returns, from KVM's guests too. Backing pages that hold
+ * nothing but absent pages are unpinned: their memory can now be given back
+ * by fallocate(2) with FALLOC_FL_PUNCH_HOLE on the memfd.
+ *
+ * ZERO: absent pages that are known to hold nothing. When touched, they are
+ * zero-filled in the kernel and become present, with neither exit nor event;
+ * who waits for them is woken and gets zeros. A page that is present stays as
+ * it is and is not counted.
+ *
+ * @done and @changed are written also when the call fails half-way.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EINVAL: nr_ranges is 0 or above max_ranges; a range is empty, overflows
+ *    or runs past the memslot's end.
+ *  - ENXIO: ABSENT or ZERO on a memslot with demand paging off. (PRESENT
+ *    succeeds there and changes nothing.)
+ *  - EINTR: a fatal signal arrived; @done ranges are done.
+ */
+struct kdp_mark {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 state;
+	__aligned_u64 ranges;
+	__u32 nr_ranges;
+	__u32 done;
+	__u64 changed;
+};
+#define KDP_MARK	_IO(KDP_IOC_TYPE, 0x85)
+
+#define KDP_STATE_ABSENT	0
+#define KDP_STATE_PRESENT	1
+#define KDP_STATE_ZERO		2
+
+/**
+ * struct kdp_vcpu_exits - ioctl(KDP_VCPU_EXITS)
+ * @size: sizeof(struct kdp_vcpu_exits)
+ * @flags: must be 0
+ * @mode: KDP_EXITS_OFF or KDP_EXITS_ON
+ * @__reserved: must be 0
+ *
+ * Ask for fault exits, for the calling thread: when a vCPU that it runs takes
+ * a stage-2 fault on a page of this VM that cannot be mapped, KVM_RUN returns
+ * -1 with errno EFAULT, exit_reason KVM_EXIT_MEMORY_FAULT and, in
+ * kvm_run.memory_fault, the page's GPA, its size (4096) and KDP_EXIT_* flags.
+ * The thread fetches the page, marks it present and enters KVM_RUN again.
+ *
+ * A guest page is known by its GPA: base_gfn must be where KVM has it. All
+ * other accesses of the thread (KVM's own, its own, system calls) wait.
+ *
+ * A thread has exits on for one VM at a time; they are off again when the VM is
+ * closed. Exits are off for the guest of a guest: its faults wait.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EOPNOTSUPP: KVM is not loaded, or lacks the tracepoints.
+ *  - EBUSY: the thread has exits on for another VM.
+ *  - ENOSPC: the VM has max_vcpu_threads of them.
+ */
+struct kdp_vcpu_exits {
+	__u32 size;
+	__u32 flags;
+	__u32 mode;
+	__u32 __reserved;
+};
+#define KDP_VCPU_EXITS	_IO(KDP_IOC_TYPE, 0x86)
+
+#define KDP_EXITS_OFF	0
+#define KDP_EXITS_ON	1
+
+/*
+ * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and
+ * KDP_EXIT_WRITE if the guest wrote.
+ */
+#define KDP_EXIT_ABSENT		(1ULL << 32)	/* the page is absent */
+#define KDP_EXIT_NO_MEMORY	(1ULL << 33)	/* it cannot be pinned: no memory,
+						 * or RLIMIT_MEMLOCK is reached
+						 */
+#define KDP_EXIT_WRITE		(1ULL << 40)
+
+/**
+ * struct kdp_event - what read(2) on the VM's fd returns
+ * @type: KDP_EVENT_ABSENT
+ * @slot_id: the memslot
+ * @page: the page, by its index in the memslot
+ * @gfn: the page, by its guest frame number
+ * @access: KDP_ACCESS_* of the access that came first
+ * @tid: its thread, in the reader's pid namespace; 0 if it is not visible there
+ * @waiters: threads that wait for the page now
+ * @deliveries: how often this event has been read, this time included: above 1
+ *              an earlier reader may have begun on it
+ * @__reserved: 0
+ *
+ * Somebody waits for an absent page. There is one event per page, however many
+ * wait; mark the page present (or zero) to let them go on.
+ *
+ * read(2) returns as many whole events as there are and fit, at least one. It
+ * blocks while there is none, or fails with EAGAIN if O_NONBLOCK is set. It
+ * fails with EINVAL if the buffer cannot hold one event, with EFAULT if it
+ * cannot be written (no event is lost then), with EINTR on a signal.
+ *
+ * An event that was read and not yet resolved is delivered again when the
+ * process that read it has closed the VM's fd or has died. It is gone when
+ * nobody waits for the page any more. When the last fd of the VM is closed,
+ * nobody can resolve events: waiters get SIGBUS, and absent pages stay
+ * inaccessible for ever.
+ */
+struct kdp_event {
+	__u32 type;
+	__u32 slot_id;
+	__u64 page;
+	__u64 gfn;
+	__u32 access;
+	__s32 tid;
+	__u32 waiters;
+	__u32 deliveries;
+	__u64 __reserved;
+};
+
+#define KDP_EVENT_ABSENT	1
+
+#define KDP_ACCESS_WRITE	(1U << 0)	/* else a read or an execution */
+#define KDP_ACCESS_EXEC		(1U << 1)
+/* Exactly one of these says who: */
+#define KDP_ACCESS_USER		(1U << 8)	/* a process, from user mode */
+#define KDP_ACCESS_KERNEL	(1U << 9)	/* a copy in the kernel: KVM's own
+						 * access, vhost, a system call
+						 */
+#define KDP_ACCESS_GUEST	(1U << 10)	/* KVM maps the page for a guest: a
+						 * vCPU's stage-2 fault, or a page
+						 * that KVM shares with the guest
+						 */
+
+#endif /* _UAPI_LINUX_KVM_DEMAND_PAGING_H */
