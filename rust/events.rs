@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The VM's event queue: who waits for which page, and who has been told.
+//!
+//! The rules are in rules/queue.rs; here they meet the kernel's lock, trees, wait queues and threads.
+//! The queue's mutex is innermost: nothing else is taken under it, and userspace is not touched. It
+//! is taken under a fault's mmap or VMA lock; threads sleep on a page's [`Gate`], outside of both.
+
+use crate::{
+    ffi::{
+        task::{
+            current_reader,
+            Pid, //
+        },
+        uapi::*,
+        wait::Gate, //
+    },
+    rules::queue::{
+        EnterError,
+        Entry,
+        Event,
+        Key,
+        NoMemory,
+        OrderedMap,
+        Owner,
+        Queue,
+        Ticket, //
+    }, //
+};
+use kernel::{
+    fs::File,
+    new_mutex,
+    new_poll_condvar,
+    prelude::*,
+    rbtree::RBTree,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        poll::{
+            PollCondVar,
+            PollTable, //
+        },
+        Arc,
+        Mutex, //
+    },
+    uaccess::UserSliceWriter, //
+};
+
+/// The kernel's tree, as the rules want it.
+struct Map<K, V>(RBTree<K, V>);
+
+impl<K: Ord + Copy, V> OrderedMap<K, V> for Map<K, V> {
+    fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+        self.0.get_mut(key)
+    }
+
+    fn insert(&mut self, key: K, value: V) -> Result<(), NoMemory> {
+        self.0
+            .try_create_and_insert(key, value, GFP_KERNEL_ACCOUNT)
+            .map(|_| ())
+            .map_err(|_| NoMemory)
+    }
+
+    fn remove(&mut self, key: &K) -> Option<V> {
+        self.0.remove(key)
+    }
+
+    fn lower_bound(&self, key: &K) -> Option<K> {
+        self.0.cursor_lower_bound(key).map(|c| *c.current().0)
+    }
+}
+
+/// The access that came first, and where it waits.
+#[derive(Clone)]
+struct First {
+    access: Access,
+    thread: Pid,
+    gate: Arc<Gate>,
+}
+
+/// A touch, as an event reports it.
+#[derive(Clone, Copy)]
+pub(crate) struct Access {
+    /// The caller's name of the memslot.
+    pub(crate) slot_id: u32,
+    /// The page's frame number in the guest.
+    pub(crate) gfn: u64,
+    /// KDP_ACCESS_*.
+    pub(crate) flags: u32,
+}
+
+type EventQueue = Queue<Map<Key, Entry<First>>, Map<u64, Key>>;
+
+/// The event queue.
+#[pin_data]
+pub(crate) struct Events {
+    #[pin]
+    queue: Mutex<EventQueue>,
+    #[pin]
+    readable: PollCondVar,
+    /// A copy of the queue's "closed" for a fault that does not wait. Relaxed: who goes on to wait
+    /// learns it again under the mutex, and who exits may be a moment late.
+    closed: Atomic<bool>,
+}
+
+impl Events {
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            queue <- new_mutex!(
+                Queue::new(Map(RBTree::new()), Map(RBTree::new())),
+                "kdp_events"
+            ),
+            readable <- new_poll_condvar!("kdp_readable"),
+            closed: Atomic::new(false),
+        })
+    }
+
+    /// The current thread begins to wait for a page. It must look at the page's state once more
+    /// before it sleeps at the gate.
+    pub(crate) fn enter(&self, key: Key, access: Access) -> Result<(Ticket, Arc<Gate>), EnterError> {
+        let first = || {
+            Ok(First {
+                access,
+                thread: Pid::current().ok_or(NoMemory)?,
+                gate: Gate::new().map_err(|_| NoMemory)?,
+            })
+        };
+        let (ticket, first, is_new) = self.queue.lock().enter(key, first)?;
+        if is_new {
+            self.readable.notify_one();
+        }
+        Ok((ticket, first.gate))
+    }
+
+    /// The current thread no longer waits.
+    pub(crate) fn leave(&self, ticket: Ticket) {
+        self.queue.lock().leave(ticket);
+    }
+
+    /// Lets go on who waits for pages `first` to `last` of a memslot; returns how many pages that
+    /// are.
+    pub(crate) fn resolve(&self, slot: u32, first: u64, last: u64) -> u64 {
+        self.queue
+            .lock()
+            .resolve(slot, first, last, |w: First| w.gate.open())
+    }
+
+    /// A process no longer has the VM: what it has read and not resolved is for the next.
+    pub(crate) fn left_by(&self, owner: Owner) {
+        if self.queue.lock().requeue(owner) > 0 {
+            self.readable.notify_all();
+        }
+    }
+
+    /// Nobody can resolve events any more.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Relaxed);
+        self.queue.lock().close(|w: First| w.gate.open());
+    }
+
+    /// Whether somebody can.
+    pub(crate) fn is_served(&self) -> bool {
+        !self.closed.load(Relaxed)
+    }
+
+    /// Pages that are waited for, and those of them that no reader has.
+    pub(crate) fn counts(&self) -> (u32, u32) {
+        let queue = self.queue.lock();
+        (queue.pending(), queue.unread())
+    }
+
+    /// Whether an event can be read; if not, `table` is told when.
+    pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> bool {
+        // First the registration, then the look: an event that comes in between wakes.
+        table.register_wait(file, &self.readable);
+        self.queue.lock().unread() > 0
+    }
+
+    /// Delivers events; returns how many bytes.
+    pub(crate) fn read(&self, mut out: UserSliceWriter, nonblock: bool) -> Result<usize> {
+        const SIZE: usize = size_of::<kdp_event>();
+        if out.len() < SIZE {
+            return Err(EINVAL);
+        }
+        let owner = current_reader();
+        let mut done = 0;
+        while out.len() >= SIZE {
+            let Some(event) = self.next(owner, nonblock || done > 0)? else {
+                break;
+            };
+            let key = event.key;
+            if let Err(e) = out.write_slice(describe(event).bytes()) {
+                self.queue.lock().unread_again(key);
+                self.readable.notify_one();
+                return if done > 0 { Ok(done) } else { Err(e) };
+            }
+            done += SIZE;
+        }
+        if done == 0 {
+            return Err(EAGAIN);
+        }
+        Ok(done)
+    }
+
+    /// The next event; waits for one, unless `at_once`.
+    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<Event<First>>> {
+        let mut queue = self.queue.lock();
+        loop {
+            if let Some(event) = queue.read(owner) {
+                return Ok(Some(event));
+            }
+            if at_once {
+                return Ok(None);
+            }
+            if self.readable.wait_interruptible(&mut queue) {
+                // The wake-up that was perhaps meant for this thread is for another one.
+                self.readable.notify_one();
+                return Err(ERESTARTSYS);
+            }
+        }
+    }
+}
+
+fn describe(event: Event<First>) -> kdp_event {
+    let Event {
+        key,
+        waiters,
+        deliveries,
+        payload: First { access, thread, .. },
+    } = event;
+    kdp_event {
+        type_: KDP_EVENT_ABSENT,
+        slot_id: access.slot_id,
+        page: key.page,
+        gfn: access.gfn,
+        access: access.flags,
+        tid: thread.number_here(),
+        waiters,
+        deliveries,
+        ..Default::default()
+    }
+}

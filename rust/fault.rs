@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a touch of guest memory does: the fault handlers of a memslot's mappings.
+//!
+//! A fault looks at the page's state and maps it under the `pages` lock for reading (memslot.rs has
+//! the lock order). It never sleeps on an absent page while it holds that lock, or the mmap or VMA
+//! lock: it queues itself, looks once more, drops the fault's lock, sleeps, and has the fault
+//! retried.
+
+use crate::{
+    events::Access,
+    ffi::{
+        trace,
+        uapi::*,
+        vma::{
+            Fault,
+            Mapping,
+            Outcome, //
+        },
+        wait::Until, //
+    },
+    memslot::Memslot,
+    rules::{
+        queue::EnterError,
+        touch::{
+            decide,
+            State,
+            Toucher,
+            Verdict, //
+        }, //
+    },
+    vcpu, //
+};
+use kernel::{
+    bindings::vm_flags_t,
+    mm::virt::flags,
+    prelude::*,
+    sync::{
+        Arc,
+        ArcBorrow, //
+    }, //
+};
+
+/// Guest memory: page frames that are not refcounted by the mapping.
+pub(crate) struct MemoryMapping;
+
+impl Mapping for MemoryMapping {
+    type Owner = Memslot;
+
+    // VM_PFNMAP keeps NUMA balancing, compaction, KSM and get_user_pages() away. A mapping may move
+    // but not grow.
+    const FLAGS: vm_flags_t = flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
+    const HUGE: bool = true;
+
+    fn fault(slot: ArcBorrow<'_, Memslot>, mut fault: Fault<'_>) -> Outcome {
+        let page = fault.pgoff();
+        if page >= slot.place.nr_pages {
+            return fail(&slot);
+        }
+        loop {
+            let pages = slot.pages.read();
+            let state = pages.state(page);
+            if state == State::Present {
+                let Ok(frame) = slot.backing.frame(&pages, page) else {
+                    return cannot_pin(&slot, &fault, page);
+                };
+                let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
+                let outcome = fault.insert_pfn(frame);
+                drop(pages);
+                return mapped(&slot, fault, page, 0, outcome, exits);
+            }
+            drop(pages);
+
+            let who = Toucher {
+                exits: prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT),
+                may_retry: fault.may_retry(),
+                no_wait: fault.no_wait(),
+            };
+            return match decide(state, who, slot.vm.events.is_served()) {
+                // Present meanwhile.
+                Verdict::Map => continue,
+                Verdict::FillZero => match slot.fill_zero(page) {
+                    Ok(()) => continue,
+                    Err(_) => cannot_pin(&slot, &fault, page),
+                },
+                Verdict::Exit => exit(&slot, &fault, page),
+                Verdict::Wait => match wait(slot, fault, page) {
+                    Ok(outcome) => outcome,
+                    Err(again) => {
+                        fault = again;
+                        continue;
+                    }
+                },
+                Verdict::Retry => Outcome::RetryLocked,
+                Verdict::Fail => fail(&slot),
+            };
+        }
+    }
+
+    fn huge_fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, order: u32) -> Outcome {
+        let Some(first) = fault.block(order).filter(|_| order <= slot.backing.order()) else {
+            return Outcome::Fallback;
+        };
+        let Some(block) = slot.range(first, 1 << order) else {
+            return Outcome::Fallback;
+        };
+        let pages = slot.pages.read();
+        if !pages.all_present(block, true) {
+            return Outcome::Fallback;
+        }
+        // One page at a time has a chance where the whole block has not, and reports what is wrong.
+        let Ok(frame) = slot.backing.frame(&pages, first) else {
+            return Outcome::Fallback;
+        };
+        let page = fault.pgoff();
+        let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
+        let outcome = fault.insert_block(frame, order);
+        drop(pages);
+        if outcome == Outcome::Fallback {
+            return outcome;
+        }
+        mapped(&slot, fault, page, order, outcome, exits)
+    }
+}
+
+/// KVM brings a page in for a guest: a stage-2 fault, or a page that it shares with the guest. Only
+/// `fixup_user_fault()` comes with these flags (mm/gup.c).
+fn is_guest(fault: &Fault<'_>) -> bool {
+    !fault.is_user() && !fault.is_interruptible() && fault.is_killable() && fault.may_retry()
+}
+
+fn access(fault: &Fault<'_>) -> u32 {
+    let who = if fault.is_user() {
+        KDP_ACCESS_USER
+    } else if is_guest(fault) {
+        KDP_ACCESS_GUEST
+    } else {
+        KDP_ACCESS_KERNEL
+    };
+    let write = if fault.is_write() { KDP_ACCESS_WRITE } else { 0 };
+    let exec = if fault.is_exec() { KDP_ACCESS_EXEC } else { 0 };
+    who | write | exec
+}
+
+/// If the fault is a stage-2 fault of a thread with exits on, says in its `kvm_run` why KVM_RUN is
+/// going to fail, should it fail.
+fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bool {
+    if !is_guest(fault) {
+        return false;
+    }
+    let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
+    vcpu::prepare_exit(slot.vm.serial(), slot.place.base_gfn + page, reason | write)
+}
+
+/// A page, or a block, was mapped, or not.
+fn mapped(
+    slot: &Memslot,
+    fault: Fault<'_>,
+    page: u64,
+    order: u32,
+    outcome: Outcome,
+    exits: bool,
+) -> Outcome {
+    match outcome {
+        Outcome::Mapped => (),
+        Outcome::Fail => return fail(slot),
+        other => return other,
+    }
+    let counter = if order == 0 {
+        slot.stats.faults()
+    } else {
+        slot.stats.faults_huge()
+    };
+    counter.add(1);
+    trace::fault(slot.place.id, page, access(&fault), order);
+    if exits || !is_guest(&fault) {
+        return outcome;
+    }
+    // KVM looks for the page table entry next, and gives KVM_RUN an EFAULT that no VMM expects if it
+    // has been unmapped again by then. Told that the lock was dropped, it looks and retries
+    // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). With exits on, the exit is prepared instead.
+    fault.release_lock();
+    Outcome::MappedUnlocked
+}
+
+fn exit(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
+    let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
+    let gpa = (slot.place.base_gfn + page) << KDP_PAGE_SHIFT;
+    trace::exit(slot.place.id, page, gpa, KDP_EXIT_ABSENT | write);
+    slot.stats.exits().add(1);
+    Outcome::Fail
+}
+
+#[cold]
+fn fail(slot: &Memslot) -> Outcome {
+    slot.stats.sigbus().add(1);
+    Outcome::Fail
+}
+
+/// There is no memory for the page, or its owner may not pin more.
+#[cold]
+fn cannot_pin(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
+    prepare_exit(slot, fault, page, KDP_EXIT_NO_MEMORY);
+    fail(slot)
+}
+
+/// Waits until the page is resolved. Gives the fault back if it need not wait after all.
+fn wait<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'a>,
+    page: u64,
+) -> Result<Outcome, Fault<'a>> {
+    let touch = Access {
+        slot_id: slot.place.id,
+        gfn: slot.place.base_gfn + page,
+        flags: access(&fault),
+    };
+    let (ticket, gate) = match slot.vm.events.enter(slot.key(page), touch) {
+        Ok(entered) => entered,
+        Err(EnterError::Closed) => return Ok(fail(&slot)),
+        Err(EnterError::NoMemory) => return Ok(Outcome::OutOfMemory),
+    };
+    // No lost wake-up: a resolve that did not find the ticket has changed the state before.
+    if slot.pages.read().state(page) != State::Absent {
+        slot.vm.events.leave(ticket);
+        return Err(fault);
+    }
+    slot.stats.waits().add(1);
+    trace::wait(slot.place.id, page, touch.flags);
+    let until = if fault.is_interruptible() {
+        Until::Signal
+    } else {
+        Until::Kill
+    };
+    // The mapping, and with it the memslot's file, may go while this thread sleeps.
+    let slot: Arc<Memslot> = slot.into();
+    fault.release_lock();
+    gate.wait(until);
+    slot.vm.events.leave(ticket);
+    Ok(Outcome::Retry)
+}
+
+/// The present bitmap: pages of ours that the mapping counts.
+pub(crate) struct BitmapMapping;
+
+impl Mapping for BitmapMapping {
+    type Owner = Memslot;
+
+    const FLAGS: vm_flags_t = flags::MIXEDMAP | flags::DONTEXPAND | flags::DONTDUMP;
+    const HUGE: bool = false;
+
+    fn fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
+        let Some(chunk) = slot.bitmap_chunk(fault.pgoff()) else {
+            return Outcome::Fail;
+        };
+        // The lock keeps a switch of paging from unmapping the bitmap before this page is mapped.
+        let pages = slot.pages.read();
+        match pages.bitmap_page(chunk) {
+            Ok(Some(bits)) => fault.insert_page(bits.page()),
+            Ok(None) => Outcome::Fail,
+            Err(_) => Outcome::OutOfMemory,
+        }
+    }
+}

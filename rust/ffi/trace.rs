@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tracepoints `kvm_demand_paging:kdp_*`. They are defined in trace.h.
+
+use super::c;
+
+/// A page, or a block of `1 << order` pages, was mapped.
+#[inline]
+pub(crate) fn fault(slot: u32, page: u64, access: u32, order: u32) {
+    // SAFETY: A tracepoint takes any values.
+    unsafe { c::kdp_trace_fault(slot, page, access, order) };
+}
+
+/// A stage-2 fault ends in an exit.
+pub(crate) fn exit(slot: u32, page: u64, gpa: u64, flags: u64) {
+    // SAFETY: A tracepoint takes any values.
+    unsafe { c::kdp_trace_exit(slot, page, gpa, flags) };
+}
+
+/// A thread begins to wait.
+pub(crate) fn wait(slot: u32, page: u64, access: u32) {
+    // SAFETY: A tracepoint takes any values.
+    unsafe { c::kdp_trace_wait(slot, page, access) };
+}
+
+/// A range was resolved.
+pub(crate) fn resolve(slot: u32, first: u64, count: u64, changed: u64, woken: u64) {
+    // SAFETY: A tracepoint takes any values.
+    unsafe { c::kdp_trace_resolve(slot, first, count, changed, woken) };
+}

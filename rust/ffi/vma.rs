@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory mappings of a file of ours, and the faults in them.
+//!
+//! C headers: `include/linux/mm.h`, `include/linux/huge_mm.h`.
+
+use super::{
+    c,
+    memfd::Pfn, //
+};
+use core::marker::PhantomData;
+use kernel::{
+    bindings,
+    ffi::c_uint,
+    mm::virt::{
+        VmaNew,
+        VmaRef, //
+    },
+    page::{
+        Page,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    sync::ArcBorrow,
+};
+
+/// What a fault comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// A page table entry is there.
+    Mapped,
+    /// Try again; the fault's lock was dropped.
+    Retry,
+    /// Try again; the fault's lock is still held.
+    RetryLocked,
+    /// A page table entry is there; the fault's lock was dropped.
+    MappedUnlocked,
+    /// A smaller page, please.
+    Fallback,
+    /// SIGBUS, or EFAULT in the kernel.
+    Fail,
+    /// No memory for page tables.
+    OutOfMemory,
+}
+
+impl Outcome {
+    fn into_raw(self) -> bindings::vm_fault_t {
+        use bindings::*;
+        match self {
+            Outcome::Mapped => vm_fault_reason_VM_FAULT_NOPAGE,
+            Outcome::Retry | Outcome::RetryLocked => vm_fault_reason_VM_FAULT_RETRY,
+            Outcome::MappedUnlocked => {
+                vm_fault_reason_VM_FAULT_NOPAGE | vm_fault_reason_VM_FAULT_COMPLETED
+            }
+            Outcome::Fallback => vm_fault_reason_VM_FAULT_FALLBACK,
+            Outcome::Fail => vm_fault_reason_VM_FAULT_SIGBUS,
+            Outcome::OutOfMemory => vm_fault_reason_VM_FAULT_OOM,
+        }
+    }
+
+    fn from_insert(raw: bindings::vm_fault_t) -> Self {
+        use bindings::*;
+        if raw & vm_fault_reason_VM_FAULT_NOPAGE != 0 {
+            Outcome::Mapped
+        } else if raw & vm_fault_reason_VM_FAULT_OOM != 0 {
+            Outcome::OutOfMemory
+        } else if raw & vm_fault_reason_VM_FAULT_FALLBACK != 0 {
+            Outcome::Fallback
+        } else {
+            Outcome::Fail
+        }
+    }
+}
+
+/// A fault that is being handled.
+///
+/// # Invariants
+///
+/// `raw` is the argument of a running fault handler, whose lock is held; `info` is read from it.
+pub(crate) struct Fault<'a> {
+    raw: *mut bindings::vm_fault,
+    info: c::kdp_fault,
+    _fault: PhantomData<&'a bindings::vm_fault>,
+}
+
+impl Fault<'_> {
+    /// The offset in the file, in pages.
+    #[inline]
+    pub(crate) fn pgoff(&self) -> u64 {
+        self.info.pgoff as u64
+    }
+
+    #[inline]
+    fn has(&self, flag: bindings::fault_flag) -> bool {
+        self.info.flags & flag != 0
+    }
+
+    /// It is a write.
+    pub(crate) fn is_write(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_WRITE)
+    }
+
+    /// It is an instruction fetch.
+    pub(crate) fn is_exec(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_INSTRUCTION)
+    }
+
+    /// It comes from user mode.
+    pub(crate) fn is_user(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_USER)
+    }
+
+    /// Any signal may end a wait.
+    pub(crate) fn is_interruptible(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_INTERRUPTIBLE)
+    }
+
+    /// A fatal signal may end a wait.
+    pub(crate) fn is_killable(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_KILLABLE)
+    }
+
+    /// The lock may be dropped, and the fault retried.
+    pub(crate) fn may_retry(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY)
+    }
+
+    /// It must not sleep.
+    pub(crate) fn no_wait(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT)
+    }
+
+    fn vma(&self) -> &VmaRef {
+        // SAFETY: The fault's lock keeps the area valid (type invariant).
+        unsafe { VmaRef::from_raw(self.info.vma) }
+    }
+
+    fn may_write(&self) -> bool {
+        self.vma().flags() & kernel::mm::virt::flags::WRITE != 0
+    }
+
+    /// Maps the page frame where the fault is.
+    #[inline]
+    pub(crate) fn insert_pfn(&self, pfn: Pfn<'_>) -> Outcome {
+        // SAFETY: The area is valid. The frame is pinned now; the tree that it was borrowed from is
+        // exclusively borrowed to unpin it, and `backing.rs` unmaps it before it does so.
+        Outcome::from_insert(unsafe {
+            bindings::vmf_insert_pfn(self.info.vma, self.info.address, pfn.number)
+        })
+    }
+
+    /// The block of `1 << order` pages around the fault, as offsets in the file, if the whole of it
+    /// lies in the area and addresses and offsets are aligned alike.
+    pub(crate) fn block(&self, order: u32) -> Option<u64> {
+        let size = PAGE_SIZE << order;
+        let start = self.info.address & !(size - 1);
+        let into = (self.info.address - start) / PAGE_SIZE;
+        let first = self.pgoff().checked_sub(into as u64)?;
+        let aligned = first & ((1 << order) - 1) == 0;
+        let inside = start >= self.vma().start() && start + size <= self.vma().end();
+        (aligned && inside).then_some(first)
+    }
+
+    /// Maps the block of `1 << order` page frames that starts at `pfn`.
+    pub(crate) fn insert_block(&self, pfn: Pfn<'_>, order: u32) -> Outcome {
+        let write = self.may_write();
+        // SAFETY: As in `insert_pfn()`; the order is that of the handler's call, so the page table
+        // entry that `raw` names is of that size. A read fault in a writable area maps writable, too.
+        Outcome::from_insert(unsafe {
+            match order {
+                PMD_ORDER => bindings::vmf_insert_pfn_pmd(self.raw, pfn.number, write),
+                PUD_ORDER => bindings::vmf_insert_pfn_pud(self.raw, pfn.number, write),
+                _ => return Outcome::Fallback,
+            }
+        })
+    }
+
+    /// Maps a page of ours, refcounted, where the fault is.
+    pub(crate) fn insert_page(&self, page: &Page) -> Outcome {
+        let Some(vma) = self.vma().as_mixedmap_vma() else {
+            return Outcome::Fail;
+        };
+        match vma.vm_insert_page(self.info.address, page) {
+            Ok(()) => Outcome::Mapped,
+            // Another thread mapped it first.
+            Err(e) if e == EBUSY => Outcome::Mapped,
+            Err(e) if e == ENOMEM => Outcome::OutOfMemory,
+            Err(_) => Outcome::Fail,
+        }
+    }
+
+    /// Drops the fault's lock: what the fault named may be gone from now on.
+    pub(crate) fn release_lock(self) {
+        // SAFETY: The lock is held (type invariant), and `self` ends here.
+        unsafe { c::kdp_release_fault_lock(self.raw) };
+    }
+}
+
+/// log2 of the pages that a PMD maps.
+pub(crate) const PMD_ORDER: u32 = 9;
+/// log2 of the pages that a PUD maps.
+pub(crate) const PUD_ORDER: u32 = 18;
+
+/// Handles the faults of a kind of mapping.
+pub(crate) trait Mapping: 'static {
+    /// What is mapped.
+    type Owner: Send + Sync + 'static;
+
+    /// Flags of the area.
+    const FLAGS: bindings::vm_flags_t;
+
+    /// Whether blocks can be mapped by one entry.
+    const HUGE: bool;
+
+    /// A fault of one page.
+    fn fault(owner: ArcBorrow<'_, Self::Owner>, fault: Fault<'_>) -> Outcome;
+
+    /// A fault where a block of `1 << order` pages could be mapped.
+    fn huge_fault(_owner: ArcBorrow<'_, Self::Owner>, _fault: Fault<'_>, _order: u32) -> Outcome {
+        Outcome::Fallback
+    }
+}
+
+struct Ops<M>(PhantomData<M>);
+
+impl<M: Mapping> Ops<M> {
+    const TABLE: bindings::vm_operations_struct = bindings::vm_operations_struct {
+        fault: Some(Self::fault),
+        huge_fault: if M::HUGE {
+            Some(Self::huge_fault)
+        } else {
+            None
+        },
+        ..pin_init::zeroed()
+    };
+
+    /// # Safety
+    ///
+    /// `raw` is the argument of a running fault handler of an area that [`NewMapping::install`] set up for
+    /// `M`.
+    unsafe fn enter<'a>(
+        raw: *mut bindings::vm_fault,
+    ) -> (ArcBorrow<'a, M::Owner>, Fault<'a>) {
+        let mut info = c::kdp_fault::default();
+        // SAFETY: By the caller's promise.
+        unsafe { c::kdp_fault_read(raw, &mut info) };
+        // SAFETY: `install()` put the owner there, from an `Arc` that the area's file holds.
+        let owner = unsafe { ArcBorrow::from_raw(info.owner.cast::<M::Owner>()) };
+        // INVARIANT: By the caller's promise.
+        let fault = Fault {
+            raw,
+            info,
+            _fault: PhantomData,
+        };
+        (owner, fault)
+    }
+
+    unsafe extern "C" fn fault(raw: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: mm calls this for the areas that have this table.
+        let (owner, fault) = unsafe { Self::enter(raw) };
+        M::fault(owner, fault).into_raw()
+    }
+
+    unsafe extern "C" fn huge_fault(
+        raw: *mut bindings::vm_fault,
+        order: c_uint,
+    ) -> bindings::vm_fault_t {
+        // SAFETY: mm calls this for the areas that have this table.
+        let (owner, fault) = unsafe { Self::enter(raw) };
+        M::huge_fault(owner, fault, order).into_raw()
+    }
+}
+
+/// A mapping of a file of type `F` that is being made.
+///
+/// # Invariants
+///
+/// The file of `vma` holds an `Arc` of `owner` until it is released, and outlives the area.
+pub(crate) struct NewMapping<'a, F: Send + Sync + 'static> {
+    vma: &'a VmaNew,
+    owner: ArcBorrow<'a, F>,
+}
+
+impl<'a, F: Send + Sync + 'static> NewMapping<'a, F> {
+    /// Wraps the arguments of an mmap handler.
+    ///
+    /// # Safety
+    ///
+    /// The file of `vma` holds an `Arc` of `owner` until it is released.
+    pub(super) unsafe fn new(vma: &'a VmaNew, owner: ArcBorrow<'a, F>) -> Self {
+        // INVARIANT: By the caller's promise; an area holds a reference on its file.
+        Self { vma, owner }
+    }
+
+    /// Makes it a mapping of kind `M`.
+    pub(crate) fn install<M: Mapping<Owner = F>>(self) {
+        let owner: *const F = &*self.owner;
+        // SAFETY: The area is new, so nobody else has it. The table is static. The owner outlives the
+        // area (type invariant).
+        unsafe {
+            c::kdp_vma_setup(
+                self.vma.as_ptr(),
+                M::FLAGS,
+                &Ops::<M>::TABLE,
+                owner.cast_mut().cast(),
+            )
+        };
+    }
+
+    /// Whether it is MAP_SHARED.
+    pub(crate) fn is_shared(&self) -> bool {
+        // SAFETY: The area is valid.
+        unsafe { c::kdp_vma_is_shared(self.vma.as_ptr()) }
+    }
+
+    /// Its first page, as an offset in the file.
+    pub(crate) fn pgoff(&self) -> u64 {
+        // SAFETY: The area is valid.
+        unsafe { c::kdp_vma_pgoff(self.vma.as_ptr()) as u64 }
+    }
+
+    /// Its length in pages.
+    pub(crate) fn pages(&self) -> u64 {
+        ((self.vma.end() - self.vma.start()) / PAGE_SIZE) as u64
+    }
+}

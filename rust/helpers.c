@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: GPL-2.0
+/* See helpers.h. */
+#include <linux/anon_inodes.h>
+#include <linux/capability.h>
+#include <linux/fcntl.h>
+#include <linux/fdtable.h>
+#include <linux/highmem.h>
+#include <linux/hugetlb.h>
+#include <linux/kvm_host.h>
+#include <linux/memfd.h>
+#include <linux/pagemap.h>
+#include <linux/pid.h>
+#include <linux/sched/signal.h>
+#include <linux/shmem_fs.h>
+
+#include "helpers.h"
+
+#define CREATE_TRACE_POINTS
+#include "trace.h"
+
+/* memory mapping */
+
+void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out)
+{
+	out->vma = vmf->vma;
+	out->owner = vmf->vma->vm_private_data;
+	out->address = vmf->address;
+	out->pgoff = vmf->pgoff;
+	out->flags = vmf->flags;
+}
+
+void kdp_release_fault_lock(struct vm_fault *vmf)
+{
+	release_fault_lock(vmf);
+}
+
+bool kdp_vma_is_shared(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_SHARED;
+}
+
+pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma)
+{
+	return vma->vm_pgoff;
+}
+
+void kdp_vma_setup(struct vm_area_struct *vma, vm_flags_t flags,
+		   const struct vm_operations_struct *ops, void *owner)
+{
+	vm_flags_set(vma, flags);
+	vma->vm_ops = ops;
+	vma->vm_private_data = owner;
+}
+
+/* memory backing */
+
+unsigned int kdp_memfd_seals(struct file *file, bool *is_memfd)
+{
+	*is_memfd = true;
+	if (shmem_file(file))
+		return SHMEM_I(file_inode(file))->seals;
+#ifdef CONFIG_HUGETLBFS
+	if (is_file_hugepages(file))
+		return HUGETLBFS_I(file_inode(file))->seals;
+#endif
+	*is_memfd = false;
+	return 0;
+}
+
+/* log2 of the pages of one allocation of the file. */
+unsigned int kdp_memfd_order(struct file *file)
+{
+	if (is_file_hugepages(file))
+		return huge_page_order(hstate_file(file));
+	return 0;
+}
+
+loff_t kdp_file_size(struct file *file)
+{
+	return i_size_read(file_inode(file));
+}
+
+bool kdp_file_writable(struct file *file)
+{
+	return file->f_mode & FMODE_WRITE;
+}
+
+/* While it is held, F_SEAL_WRITE cannot be added. */
+int kdp_mapping_hold_writable(struct file *file)
+{
+	return mapping_map_writable(file->f_mapping);
+}
+
+void kdp_mapping_release_writable(struct file *file)
+{
+	mapping_unmap_writable(file->f_mapping);
+}
+
+/* Pins the page, or the huge page, at @index; *@pfn is that of the page. */
+long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
+{
+	loff_t start = (loff_t)index << PAGE_SHIFT;
+	struct folio *folio;
+	pgoff_t offset;
+	long n;
+
+	n = memfd_pin_folios(memfd, start, start + PAGE_SIZE - 1, &folio, 1,
+			     &offset);
+	if (n < 0)
+		return n;
+	if (n == 0)
+		return -ENOMEM;
+	*pfn = folio_pfn(folio) + (offset >> PAGE_SHIFT);
+	return 0;
+}
+
+void kdp_unpin_pfn(unsigned long pfn)
+{
+	struct folio *folio = pfn_folio(pfn);
+
+	/* The guest has written through mappings that nobody watches. */
+	folio_mark_dirty_lock(folio);
+	unpin_folio(folio);
+}
+
+void kdp_zero_pfn(unsigned long pfn)
+{
+	clear_highpage(pfn_to_page(pfn));
+}
+
+void *kdp_page_words(struct page *page)
+{
+	return page_address(page);
+}
+
+/* who pays */
+
+struct user_struct *kdp_current_user_get(void)
+{
+	return get_uid(current_user());
+}
+
+struct user_struct *kdp_user_get(struct user_struct *user)
+{
+	return get_uid(user);
+}
+
+unsigned long kdp_memlock_limit_pages(void)
+{
+	unsigned long limit = rlimit(RLIMIT_MEMLOCK);
+
+	if (limit == RLIM_INFINITY || capable(CAP_IPC_LOCK))
+		return ULONG_MAX;
+	return limit >> PAGE_SHIFT;
+}
+
+bool kdp_charge_locked(struct user_struct *user, long pages,
+		       unsigned long limit)
+{
+	unsigned long now = atomic_long_read(&user->locked_vm);
+
+	do {
+		if (limit != ULONG_MAX && now + pages > limit)
+			return false;
+	} while (!atomic_long_try_cmpxchg(&user->locked_vm, (long *)&now,
+					  now + pages));
+	return true;
+}
+
+void kdp_uncharge_locked(struct user_struct *user, long pages)
+{
+	atomic_long_sub(pages, &user->locked_vm);
+}
+
+/* files */
+
+struct file *kdp_memslot_file(const struct file_operations *fops)
+{
+	return anon_inode_create_getfile("[kvm-demand-paging-memslot]", fops,
+					 NULL, O_RDWR, NULL);
+}
+
+struct inode *kdp_file_inode_get(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+
+	ihold(inode);
+	return inode;
+}
+
+/* As drivers/dax/device.c does: all files of a memslot share one mapping. */
+void kdp_file_redirect(struct file *file, struct inode *inode)
+{
+	file->f_mapping = inode->i_mapping;
+	file->f_wb_err = filemap_sample_wb_err(file->f_mapping);
+	file->f_mode |= FMODE_LSEEK;
+}
+
+/* What misc_open() left for the open of its device. */
+struct miscdevice *kdp_file_misc(struct file *file)
+{
+	return file->private_data;
+}
+
+static int kdp_same_file(const void *p, struct file *file, unsigned int fd)
+{
+	return file == p;
+}
+
+/* Whether another descriptor of this process names the file. */
+bool kdp_files_hold(struct file *file)
+{
+	return current->files && iterate_fd(current->files, 0, kdp_same_file,
+					    file);
+}
+
+/* The identity that f_op->flush() is given when this process closes. */
+void kdp_files_id(unsigned long *id)
+{
+	*id = (unsigned long)current->files;
+}
+
+/* threads */
+
+struct pid *kdp_current_pid(void)
+{
+	return task_pid(current);
+}
+
+struct pid *kdp_get_pid(struct pid *pid)
+{
+	return get_pid(pid);
+}
+
+bool kdp_pid_alive(struct pid *pid)
+{
+	bool alive;
+
+	rcu_read_lock();
+	alive = pid_task(pid, PIDTYPE_PID);
+	rcu_read_unlock();
+	return alive;
+}
+
+int kdp_current_pid_nr(void)
+{
+	return task_pid_nr(current);
+}
+
+bool kdp_fatal_signal_pending(void)
+{
+	return fatal_signal_pending(current);
+}
+
+/* locks and trees */
+
+void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
+		    struct lock_class_key *key)
+{
+	__init_rwsem(sem, name, key);
+}
+
+void kdp_xa_init(struct xarray *xa)
+{
+	xa_init_flags(xa, XA_FLAGS_ACCOUNT);
+}
+
+void *kdp_xa_store(struct xarray *xa, unsigned long index, void *entry)
+{
+	return xa_store(xa, index, entry, GFP_KERNEL_ACCOUNT);
+}
+
+void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
+		     void *entry)
+{
+	return xa_cmpxchg(xa, index, old, entry, GFP_KERNEL_ACCOUNT);
+}
+
+DEFINE_XARRAY(kdp_vcpu_threads);
+
+/* KVM's vCPU */
+
+u64 kdp_vcpu_guest_exits(const struct kvm_vcpu *vcpu)
+{
+	return vcpu->stat.exits;
+}
+
+bool kdp_vcpu_in_nested_guest(const struct kvm_vcpu *vcpu)
+{
+	return vcpu->arch.hflags & HF_GUEST_MASK;
+}
+
+bool kdp_vcpu_in_pfn_cache(const struct kvm_vcpu *vcpu)
+{
+	bool in = mutex_is_locked((struct mutex *)&vcpu->arch.pv_time.refresh_lock);
+
+#ifdef CONFIG_KVM_XEN
+	const struct kvm_vcpu_xen *xen = &vcpu->arch.xen;
+
+	in |= mutex_is_locked((struct mutex *)&xen->vcpu_info_cache.refresh_lock) ||
+	      mutex_is_locked((struct mutex *)&xen->vcpu_time_info_cache.refresh_lock) ||
+	      mutex_is_locked((struct mutex *)&xen->runstate_cache.refresh_lock) ||
+	      mutex_is_locked((struct mutex *)&xen->runstate2_cache.refresh_lock) ||
+	      mutex_is_locked((struct mutex *)&vcpu->kvm->arch.xen.shinfo_cache.refresh_lock);
+#endif
+	return in;
+}
+
+void kdp_vcpu_set_exit(struct kvm_vcpu *vcpu, u64 gpa, u64 size, u64 flags)
+{
+	struct kvm_run *run = vcpu->run;
+
+	run->exit_reason = KVM_EXIT_MEMORY_FAULT;
+	run->memory_fault.flags = flags;
+	run->memory_fault.gpa = gpa;
+	run->memory_fault.size = size;
+}
+
+/* Tracepoint @i of a module, or NULL if it has fewer. */
+struct tracepoint *kdp_module_tracepoint(const struct tp_module *module,
+					 unsigned int i)
+{
+	if (i >= module->mod->num_tracepoints)
+		return NULL;
+	return tracepoint_ptr_deref(&module->mod->tracepoints_ptrs[i]);
+}
+
+void kdp_tracepoint_synchronize(void)
+{
+	tracepoint_synchronize_unregister();
+}
+
+/* our own tracepoints */
+
+void kdp_trace_fault(u32 slot, u64 page, u32 access, u32 order)
+{
+	trace_kdp_fault(slot, page, access, order);
+}
+
+void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags)
+{
+	trace_kdp_exit(slot, page, gpa, flags);
+}
+
+void kdp_trace_wait(u32 slot, u64 page, u32 access)
+{
+	trace_kdp_wait(slot, page, access);
+}
+
+void kdp_trace_resolve(u32 slot, u64 first, u64 count, u64 changed, u64 woken)
+{
+	trace_kdp_resolve(slot, first, count, changed, woken);
+}

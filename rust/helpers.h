@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the kernel gives only as static inlines, macros or struct layouts that
+ * its Rust bindings lack. Each function is one such thing; no policy is here.
+ */
+#ifndef KDP_HELPERS_H
+#define KDP_HELPERS_H
+
+#include <linux/fcntl.h>
+#include <linux/fs.h>
+#include <linux/mm.h>
+#include <linux/miscdevice.h>
+#include <linux/rwsem.h>
+#include <linux/sched/user.h>
+#include <linux/tracepoint.h>
+#include <linux/xarray.h>
+
+struct kvm_vcpu;
+
+/* memory mapping */
+struct kdp_fault {
+	struct vm_area_struct *vma;
+	void *owner;		/* vma->vm_private_data */
+	unsigned long address;
+	unsigned long pgoff;
+	unsigned int flags;
+};
+void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out);
+void kdp_release_fault_lock(struct vm_fault *vmf);
+bool kdp_vma_is_shared(const struct vm_area_struct *vma);
+pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma);
+void kdp_vma_setup(struct vm_area_struct *vma, vm_flags_t flags,
+		   const struct vm_operations_struct *ops, void *owner);
+
+/* memory backing */
+unsigned int kdp_memfd_seals(struct file *file, bool *is_memfd);
+unsigned int kdp_memfd_order(struct file *file);
+loff_t kdp_file_size(struct file *file);
+bool kdp_file_writable(struct file *file);
+int kdp_mapping_hold_writable(struct file *file);
+void kdp_mapping_release_writable(struct file *file);
+long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn);
+void kdp_unpin_pfn(unsigned long pfn);
+void kdp_zero_pfn(unsigned long pfn);
+void *kdp_page_words(struct page *page);
+
+/* who pays */
+struct user_struct *kdp_current_user_get(void);
+struct user_struct *kdp_user_get(struct user_struct *user);
+unsigned long kdp_memlock_limit_pages(void);
+bool kdp_charge_locked(struct user_struct *user, long pages,
+		       unsigned long limit);
+void kdp_uncharge_locked(struct user_struct *user, long pages);
+
+/* files */
+struct file *kdp_memslot_file(const struct file_operations *fops);
+struct inode *kdp_file_inode_get(struct file *file);
+void kdp_file_redirect(struct file *file, struct inode *inode);
+struct miscdevice *kdp_file_misc(struct file *file);
+bool kdp_files_hold(struct file *file);
+void kdp_files_id(unsigned long *id);
+
+/* threads */
+struct pid *kdp_current_pid(void);
+struct pid *kdp_get_pid(struct pid *pid);
+bool kdp_pid_alive(struct pid *pid);
+int kdp_current_pid_nr(void);
+bool kdp_fatal_signal_pending(void);
+
+/* locks and trees */
+void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
+		    struct lock_class_key *key);
+void kdp_xa_init(struct xarray *xa);
+void *kdp_xa_store(struct xarray *xa, unsigned long index, void *entry);
+void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
+		     void *entry);
+extern struct xarray kdp_vcpu_threads;
+
+/* KVM's vCPU */
+u64 kdp_vcpu_guest_exits(const struct kvm_vcpu *vcpu);
+bool kdp_vcpu_in_nested_guest(const struct kvm_vcpu *vcpu);
+bool kdp_vcpu_in_pfn_cache(const struct kvm_vcpu *vcpu);
+void kdp_vcpu_set_exit(struct kvm_vcpu *vcpu, u64 gpa, u64 size, u64 flags);
+
+struct tracepoint *kdp_module_tracepoint(const struct tp_module *module,
+					 unsigned int i);
+void kdp_tracepoint_synchronize(void);
+
+/* our own tracepoints */
+void kdp_trace_fault(u32 slot, u64 page, u32 access, u32 order);
+void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags);
+void kdp_trace_wait(u32 slot, u64 page, u32 access);
+void kdp_trace_resolve(u32 slot, u64 first, u64 count, u64 changed, u64 woken);
+
+#endif

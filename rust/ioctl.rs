@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ioctls of a VM: each one a function from a typed argument to a result.
+//!
+//! An argument is copied in whole before anything is done, and copied back whatever the result, so
+//! that a failure can say how far it got. Nothing that can fail comes after a descriptor is installed.
+
+use crate::{
+    backing::Backing,
+    ffi::{
+        file::RawFile,
+        memfd::Memfd,
+        tracepoint,
+        uapi::*, //
+    },
+    memslot::{
+        Memslot,
+        Place,
+        Progress, //
+    },
+    pages::Mode,
+    path::{
+        Name,
+        Path, //
+    },
+    rules::{
+        range::PageRange,
+        touch::State, //
+    },
+    vm::{
+        Slot,
+        Vm, //
+    }, //
+};
+use kernel::{
+    bindings::O_CLOEXEC,
+    fs::file::FileDescriptorReservation,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        Arc,
+        ArcBorrow, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    }, //
+};
+
+/// The physical address space that x86-64 has, in pages: 52 bits.
+const MAX_GFN: u64 = 1 << (52 - PAGE_SHIFT);
+
+/// Finds the function.
+pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<isize> {
+    match cmd {
+        KDP_CMD_INFO => simple(arg, info),
+        KDP_CMD_MEMSLOT_CREATE => with_fds(arg, |a| memslot_create(vm, a), |a| vm.remove(a.slot_id)),
+        KDP_CMD_MEMSLOT_REMOVE => simple(arg, |a| memslot_remove(vm, a)),
+        KDP_CMD_MEMSLOT_GET => with_fds(arg, |a| memslot_get(vm, a), |_| Ok(())),
+        KDP_CMD_PAGING => simple(arg, |a| paging(vm, a)),
+        KDP_CMD_MARK => simple(arg, |a| mark(vm, a)),
+        KDP_CMD_VCPU_EXITS => simple(arg, |a| vcpu_exits(vm, a)),
+        _ => Err(ENOTTY),
+    }
+}
+
+fn simple<T: Argument>(arg: UserPtr, f: impl FnOnce(&mut T) -> Result) -> Result<isize> {
+    let mut value = copy_in(arg)?;
+    let result = f(&mut value);
+    copy_out(arg, &value)?;
+    result.map(|()| 0)
+}
+
+/// Descriptors to be installed when nothing can fail any more.
+type Fds = [Option<(FileDescriptorReservation, RawFile)>; 2];
+
+fn with_fds<T: Argument>(
+    arg: UserPtr,
+    f: impl FnOnce(&mut T) -> Result<Fds>,
+    undo: impl FnOnce(&T) -> Result,
+) -> Result<isize> {
+    let mut value = copy_in(arg)?;
+    let fds = f(&mut value)?;
+    if let Err(e) = copy_out(arg, &value) {
+        undo(&value)?;
+        return Err(e);
+    }
+    for (fd, file) in fds.into_iter().flatten() {
+        file.install(fd);
+    }
+    Ok(0)
+}
+
+fn reserve(file: RawFile) -> Result<(FileDescriptorReservation, RawFile)> {
+    Ok((
+        FileDescriptorReservation::get_unused_fd_flags(O_CLOEXEC)?,
+        file,
+    ))
+}
+
+/// Refuses flags that are not among `known`, and reserved fields that are not zero.
+fn check_unknown(flags: u32, known: u32, reserved: u32) -> Result {
+    if flags & !known != 0 || reserved != 0 {
+        return Err(EOPNOTSUPP);
+    }
+    Ok(())
+}
+
+fn info(arg: &mut kdp_info) -> Result {
+    check_unknown(arg.flags, 0, 0)?;
+    let mut features = u64::from(KDP_FEATURE_PATHS | KDP_FEATURE_HUGE | KDP_FEATURE_ZERO);
+    if tracepoint::available() {
+        features |= u64::from(KDP_FEATURE_EXITS);
+    }
+    *arg = kdp_info {
+        size: arg.size,
+        flags: 0,
+        api_version: KDP_API_VERSION,
+        page_shift: KDP_PAGE_SHIFT,
+        features,
+        bitmap_offset: KDP_BITMAP_OFFSET,
+        max_pages: KDP_MAX_PAGES,
+        max_memslots: KDP_MAX_MEMSLOTS,
+        max_vcpu_threads: KDP_MAX_VCPU_THREADS,
+        max_ranges: KDP_MAX_RANGES,
+        event_size: size_of::<kdp_event>() as u32,
+    };
+    Ok(())
+}
+
+fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result<Fds> {
+    check_unknown(arg.flags, KDP_MEMSLOT_PAGING, arg.__reserved)?;
+    let end_gfn = arg.base_gfn.checked_add(arg.nr_pages).ok_or(EINVAL)?;
+    if arg.nr_pages == 0 || arg.nr_pages > KDP_MAX_PAGES || end_gfn > MAX_GFN {
+        return Err(EINVAL);
+    }
+    let name = Name::parse(arg.name)?;
+    let memfd = Memfd::from_fd(arg.memfd)?;
+    let backing = Backing::new(memfd, arg.memfd_offset, arg.nr_pages, vm.user().clone())?;
+    let mode = if arg.flags & KDP_MEMSLOT_PAGING != 0 {
+        Mode::On { default: false }
+    } else {
+        Mode::Off
+    };
+    let place = Place {
+        id: arg.slot_id,
+        serial: vm.next_slot_serial()?,
+        base_gfn: arg.base_gfn,
+        nr_pages: arg.nr_pages,
+        name,
+    };
+
+    let mut made = None;
+    let file = RawFile::with_inode(|inode| {
+        let memslot = Memslot::new(vm.into(), place, backing, inode, mode)?;
+        made = Some(memslot.clone());
+        Ok(memslot)
+    })?;
+    let memslot = made.ok_or(ENOMEM)?;
+    let (fd, file) = reserve(file)?;
+    arg.fd = fd.reserved_fd() as i32;
+    vm.insert(Slot {
+        path: Path::new(&memslot)?,
+        memslot,
+        file: file.clone(),
+    })?;
+    Ok([Some((fd, file)), None])
+}
+
+fn memslot_remove(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_remove) -> Result {
+    check_unknown(arg.flags, 0, arg.__reserved)?;
+    vm.remove(arg.slot_id)
+}
+
+fn memslot_get(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_get) -> Result<Fds> {
+    check_unknown(arg.flags, KDP_GET_NEXT | KDP_GET_FD | KDP_GET_MEMFD, 0)?;
+    let (memslot, file) = vm.slot_file(arg.slot_id, arg.flags & KDP_GET_NEXT != 0)?;
+    let backing = &memslot.backing;
+    let wanted = |flag: u32, file: &RawFile| -> Result<_> {
+        (arg.flags & flag != 0)
+            .then(|| reserve(file.clone()))
+            .transpose()
+    };
+    let fds = [
+        wanted(KDP_GET_FD, &file)?,
+        wanted(KDP_GET_MEMFD, backing.memfd().file())?,
+    ];
+    let number = |fd: &Option<(FileDescriptorReservation, _)>| {
+        fd.as_ref().map_or(-1, |(fd, _)| fd.reserved_fd() as i32)
+    };
+    let paging = match memslot.pages.read().mode() {
+        Mode::On { .. } => KDP_PAGING_ON,
+        Mode::Off | Mode::Removed => KDP_PAGING_OFF,
+    };
+    let place = &memslot.place;
+    *arg = kdp_memslot_get {
+        size: arg.size,
+        flags: arg.flags,
+        slot_id: place.id,
+        paging,
+        base_gfn: place.base_gfn,
+        nr_pages: place.nr_pages,
+        memfd_offset: backing.offset() << PAGE_SHIFT,
+        backing_page_size: 1 << (backing.order() + PAGE_SHIFT as u32),
+        fd: number(&fds[0]),
+        memfd: number(&fds[1]),
+        name: place.name.field(),
+    };
+    Ok(fds)
+}
+
+fn paging(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_paging) -> Result {
+    check_unknown(arg.flags, 0, 0)?;
+    let mode = match arg.mode {
+        KDP_PAGING_OFF => Mode::Off,
+        KDP_PAGING_ON => Mode::On { default: false },
+        KDP_PAGING_ON_PRESENT => Mode::On { default: true },
+        _ => return Err(EOPNOTSUPP),
+    };
+    vm.slot(arg.slot_id)?.set_paging(mode)
+}
+
+fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
+    arg.done = 0;
+    arg.changed = 0;
+    check_unknown(arg.flags, 0, 0)?;
+    let state = match arg.state {
+        KDP_STATE_ABSENT => State::Absent,
+        KDP_STATE_PRESENT => State::Present,
+        KDP_STATE_ZERO => State::Zero,
+        _ => return Err(EOPNOTSUPP),
+    };
+    let memslot = vm.slot(arg.slot_id)?;
+    let ranges = read_ranges(&memslot, arg)?;
+    let mut progress = Progress::default();
+    let result = ranges.iter().try_for_each(|&range| match state {
+        State::Absent => memslot.mark_absent(range, &mut progress),
+        to => memslot.resolve(range, to, &mut progress),
+    });
+    arg.done = progress.done;
+    arg.changed = progress.changed;
+    result
+}
+
+/// Reads and checks all ranges before the first of them is done.
+fn read_ranges(memslot: &Arc<Memslot>, arg: &kdp_mark) -> Result<KVVec<PageRange>> {
+    if arg.nr_ranges == 0 || arg.nr_ranges > KDP_MAX_RANGES {
+        return Err(EINVAL);
+    }
+    let count = arg.nr_ranges as usize;
+    let mut ranges = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+    let address = UserPtr::from_addr(usize::try_from(arg.ranges).map_err(|_| EFAULT)?);
+    let mut reader = UserSlice::new(address, count * size_of::<kdp_range>()).reader();
+    for _ in 0..count {
+        let mut range = kdp_range::default();
+        reader.read_slice(range.bytes_mut())?;
+        let range = memslot.range(range.first, range.count).ok_or(EINVAL)?;
+        ranges.push(range, GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok(ranges)
+}
+
+fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_vcpu_exits) -> Result {
+    check_unknown(arg.flags, 0, arg.__reserved)?;
+    let on = match arg.mode {
+        KDP_EXITS_OFF => false,
+        KDP_EXITS_ON => true,
+        _ => return Err(EOPNOTSUPP),
+    };
+    vm.threads().lock().set_current(vm.serial(), on)
+}

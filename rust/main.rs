@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Demand paging for KVM guests, 4 KiB at a time on any backing.
+//!
+//! The map of the house is in Documentation/internals.md.
+
+// Reached from two crates; each uses its part.
+#[expect(unreachable_pub, reason = "the rules are a crate of their own on the host")]
+mod rules;
+
+mod backing;
+mod device;
+mod events;
+mod fault;
+mod ffi;
+mod ioctl;
+mod memslot;
+mod pages;
+mod path;
+mod stats;
+mod vcpu;
+mod vm;
+
+use kernel::{
+    prelude::*,
+    InPlaceModule, //
+};
+
+module! {
+    type: KvmDemandPaging,
+    name: "kvm_demand_paging",
+    authors: ["The kvm-demand-paging developers"],
+    description: "Demand paging for KVM guests, 4 KiB at a time on any backing",
+    license: "GPL",
+}
+
+/// The loaded module. The device goes first: it is what brings users in.
+#[pin_data]
+struct KvmDemandPaging {
+    #[pin]
+    device: ffi::file::Node<device::Control>,
+    #[pin]
+    kvm: ffi::tracepoint::Watch,
+}
+
+impl InPlaceModule for KvmDemandPaging {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        // SAFETY: This runs once in the life of the loaded module, before anything else of it.
+        unsafe { path::NAMES.init() };
+        // SAFETY: As above.
+        let kvm = unsafe { ffi::tracepoint::Watch::new() };
+        try_pin_init!(Self {
+            kvm <- kvm,
+            device <- device::Control::node(),
+        })
+    }
+}

@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A memslot: guest memory that is paged, and everything that changes its pages.
+//!
+//! # Locks
+//!
+//! In this order, all of them may be slept under:
+//!
+//! 1. the mmap or VMA lock, if a fault holds it;
+//! 2. `changes`: at most one party changes the states of the memslot's pages, so that a page is
+//!    zero-filled once and a count of changes is exact;
+//! 3. `pages`: for reading, states do not become "not present" and nothing is unmapped or unpinned;
+//!    for writing, no fault maps a page;
+//! 4. the kernel's i_mmap lock, page table locks and MMU notifiers (KVM's mmu_lock), when unmapping.
+//!
+//! Userspace memory is not touched under 2 and 3: that could be a fault of our own.
+//!
+//! # Lifetimes
+//!
+//! Every file of the memslot holds an `Arc` of it, every mapping holds its file. The memslot holds the
+//! inode whose mapping they all hang on, and the VM. The VM's table holds the memslot through its
+//! first file until the memslot is removed or the VM's last descriptor is closed.
+
+use crate::{
+    backing::Backing,
+    fault::{
+        BitmapMapping,
+        MemoryMapping, //
+    },
+    ffi::{
+        file::{
+            FileOps,
+            Inode, //
+        },
+        task::is_being_killed,
+        trace,
+        uapi::KDP_BITMAP_OFFSET,
+        vma::NewMapping, //
+    },
+    pages::{
+        Mode,
+        Pages, //
+    },
+    path::Name,
+    rules::{
+        queue::{
+            Key,
+            Owner, //
+        },
+        range::{
+            PageRange,
+            CHUNK_PAGES, //
+        },
+        touch::State, //
+    },
+    stats::Stats,
+    vm::Vm, //
+};
+use kernel::{
+    bindings::POLLERR,
+    fs::File,
+    new_mutex,
+    page::PAGE_SHIFT,
+    prelude::*,
+    seq_file::SeqFile,
+    seq_print,
+    sync::{
+        poll::PollTable,
+        Arc,
+        ArcBorrow,
+        Mutex, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSliceWriter, //
+    }, //
+};
+
+use crate::ffi::rwsem::RwSem;
+
+/// Where the present bitmap begins in the file, in pages.
+const BITMAP_PGOFF: u64 = KDP_BITMAP_OFFSET >> PAGE_SHIFT;
+
+/// What a memslot is called and where it is.
+pub(crate) struct Place {
+    /// The caller's name of it.
+    pub(crate) id: u32,
+    /// Unique among all memslots that the VM ever had.
+    pub(crate) serial: u32,
+    /// The guest frame number of its first page.
+    pub(crate) base_gfn: u64,
+    /// Its length.
+    pub(crate) nr_pages: u64,
+    /// Its name under /dev/kdp, if it has one.
+    pub(crate) name: Name,
+}
+
+/// How far a call got.
+#[derive(Default)]
+pub(crate) struct Progress {
+    /// Ranges that were done wholly.
+    pub(crate) done: u32,
+    /// Pages whose state changed.
+    pub(crate) changed: u64,
+}
+
+/// A memslot.
+#[pin_data]
+pub(crate) struct Memslot {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) place: Place,
+    pub(crate) backing: Backing,
+    pub(crate) stats: Stats,
+    inode: Inode,
+    #[pin]
+    changes: Mutex<()>,
+    #[pin]
+    pub(crate) pages: RwSem<Pages>,
+}
+
+impl Memslot {
+    pub(crate) fn new(
+        vm: Arc<Vm>,
+        place: Place,
+        backing: Backing,
+        inode: Inode,
+        mode: Mode,
+    ) -> Result<Arc<Self>> {
+        let pages = Pages::new(mode)?;
+        Arc::pin_init(
+            pin_init!(Self {
+                vm,
+                place,
+                backing,
+                stats: Stats::default(),
+                inode,
+                changes <- new_mutex!((), "kdp_changes"),
+                pages <- RwSem::new(pages, c"kdp_pages", kernel::static_lock_class!()),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    pub(crate) fn inode(&self) -> &Inode {
+        &self.inode
+    }
+
+    /// Checks a range that a caller named.
+    pub(crate) fn range(&self, first: u64, count: u64) -> Option<PageRange> {
+        PageRange::new(first, count, self.place.nr_pages)
+    }
+
+    fn whole(&self) -> Result<PageRange> {
+        self.range(0, self.place.nr_pages).ok_or(EINVAL)
+    }
+
+    /// The key of a page in the event queue.
+    pub(crate) fn key(&self, page: u64) -> Key {
+        Key {
+            slot: self.place.serial,
+            page,
+        }
+    }
+
+    fn bitmap_pages(&self) -> u64 {
+        self.place.nr_pages.div_ceil(CHUNK_PAGES)
+    }
+
+    /// The chunk of the bitmap that a page of the file holds.
+    pub(crate) fn bitmap_chunk(&self, pgoff: u64) -> Option<u64> {
+        let chunk = pgoff.checked_sub(BITMAP_PGOFF)?;
+        (chunk < self.bitmap_pages()).then_some(chunk)
+    }
+
+    fn wake(&self, first: u64, last: u64) -> u64 {
+        self.vm.events.resolve(self.place.serial, first, last)
+    }
+
+    fn wake_all(&self) {
+        self.wake(0, u64::MAX);
+    }
+
+    /// Makes a range present, or zero where it is absent, chunk by chunk, and lets its waiters go on.
+    pub(crate) fn resolve(&self, range: PageRange, to: State, progress: &mut Progress) -> Result {
+        let _changes = self.changes.lock();
+        let mut first = range.first();
+        let (mut changed, mut woken) = (0, 0);
+        for part in range.chunks() {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let pages = self.pages.read();
+            changed += match (pages.mode(), to) {
+                (Mode::Removed, _) => return Err(ENOENT),
+                (Mode::Off, State::Zero) => return Err(ENXIO),
+                (_, State::Zero) => pages.mark_zero(part)?,
+                _ => pages.mark_present(part)?,
+            };
+            drop(pages);
+            // A waiter that enters after this looks at the state once more, and sees it changed.
+            woken += self.wake(first, first + (part.count - 1));
+            first += part.count;
+            progress.changed += changed;
+            self.stats.resolved().add(changed);
+            trace::resolve(self.place.id, first - part.count, part.count, changed, woken);
+            (changed, woken) = (0, 0);
+        }
+        progress.done += 1;
+        Ok(())
+    }
+
+    /// Makes a range absent: unmapped from everybody, and its folios unpinned where nothing else
+    /// needs them.
+    pub(crate) fn mark_absent(&self, range: PageRange, progress: &mut Progress) -> Result {
+        let _changes = self.changes.lock();
+        let mut first = range.first();
+        for part in range.chunks() {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let mut pages = self.pages.write();
+            match pages.mode() {
+                Mode::Removed => return Err(ENOENT),
+                Mode::Off => return Err(ENXIO),
+                Mode::On { .. } => progress.changed += pages.mark_absent(part)?,
+            }
+            self.inode.unmap(first, part.count);
+            drop(pages);
+            first += part.count;
+        }
+        self.unpin_absent(range);
+        progress.done += 1;
+        Ok(())
+    }
+
+    /// Unpins those folios under a range that hold nothing but absent pages, run by run.
+    fn unpin_absent(&self, range: PageRange) {
+        let (mut at, end) = self.backing.round_out(range);
+        loop {
+            let mut pages = self.pages.write();
+            let Some(run) = self.absent_run(&pages, at, end) else {
+                return;
+            };
+            // Once more: userspace may have set a bit, touched the page and cleared the bit by hand,
+            // and so have the page mapped.
+            self.inode.unmap(run.first(), run.count());
+            self.backing.unpin(&mut pages, run);
+            at = run.last() + 1;
+        }
+    }
+
+    /// The next run of folios, from `at` to before `end`, that begins with a pinned one and holds
+    /// nothing but absent pages. A run is at most a chunk long, or a folio.
+    fn absent_run(&self, pages: &Pages, mut at: u64, end: u64) -> Option<PageRange> {
+        let folio = 1 << self.backing.order();
+        let absent = |at: u64| {
+            self.range(at, folio)
+                .is_some_and(|folio| pages.all_present(folio, false))
+        };
+        loop {
+            at = self.backing.next_pinned(pages, at, end)?;
+            if absent(at) {
+                break;
+            }
+            at += folio;
+        }
+        let mut stop = at + folio;
+        while stop < end && stop - at < CHUNK_PAGES && absent(stop) {
+            stop += folio;
+        }
+        self.range(at, stop - at)
+    }
+
+    /// Switches demand paging.
+    pub(crate) fn set_paging(&self, mode: Mode) -> Result {
+        let _changes = self.changes.lock();
+        let whole = self.whole()?;
+        let mut pages = self.pages.write();
+        if pages.mode() == Mode::Removed {
+            return Err(ENOENT);
+        }
+        pages.restart(mode);
+        self.unmap_all();
+        if mode == (Mode::On { default: false }) {
+            self.backing.unpin(&mut pages, whole);
+        }
+        drop(pages);
+        self.wake_all();
+        Ok(())
+    }
+
+    /// Takes everything away from everybody. To be called once.
+    pub(crate) fn remove(&self) {
+        let _changes = self.changes.lock();
+        let mut pages = self.pages.write();
+        pages.restart(Mode::Removed);
+        self.unmap_all();
+        if let Ok(whole) = self.whole() {
+            self.backing.unpin(&mut pages, whole);
+        }
+        drop(pages);
+        self.wake_all();
+    }
+
+    fn unmap_all(&self) {
+        self.inode.unmap(0, self.place.nr_pages);
+        self.inode.unmap(BITMAP_PGOFF, self.bitmap_pages());
+    }
+
+    /// Fills a page that is in the state zero, once.
+    pub(crate) fn fill_zero(&self, page: u64) -> Result {
+        let _changes = self.changes.lock();
+        let pages = self.pages.read();
+        if pages.state(page) != State::Zero {
+            return Ok(());
+        }
+        // Nobody has the page mapped: it was absent when it became zero.
+        self.backing.frame(&pages, page)?.zero();
+        pages.zero_filled(page)?;
+        self.stats.zero_filled().add(1);
+        Ok(())
+    }
+}
+
+impl FileOps for Memslot {
+    fn ioctl(_this: ArcBorrow<'_, Self>, _cmd: u32, _arg: UserPtr) -> Result<isize> {
+        Err(ENOTTY)
+    }
+
+    fn read(_this: ArcBorrow<'_, Self>, _out: UserSliceWriter, _nonblock: bool) -> Result<usize> {
+        Err(EINVAL)
+    }
+
+    fn poll(_this: ArcBorrow<'_, Self>, _file: &File, _table: &PollTable<'_>) -> u32 {
+        POLLERR
+    }
+
+    fn mmap(this: ArcBorrow<'_, Self>, mapping: NewMapping<'_, Self>) -> Result {
+        if !mapping.is_shared() {
+            return Err(EINVAL);
+        }
+        let (base, length) = if mapping.pgoff() >= BITMAP_PGOFF {
+            (BITMAP_PGOFF, this.bitmap_pages())
+        } else {
+            (0, this.place.nr_pages)
+        };
+        let end = (mapping.pgoff() - base).checked_add(mapping.pages());
+        if end.is_none_or(|end| end > length) {
+            return Err(EINVAL);
+        }
+        if base == BITMAP_PGOFF {
+            mapping.install::<BitmapMapping>();
+        } else {
+            mapping.install::<MemoryMapping>();
+        }
+        Ok(())
+    }
+
+    fn size(this: ArcBorrow<'_, Self>) -> u64 {
+        this.place.nr_pages << PAGE_SHIFT
+    }
+
+    fn left_by(_this: ArcBorrow<'_, Self>, _reader: Owner) {}
+
+    fn release(_this: Arc<Self>) {}
+
+    fn fdinfo(this: ArcBorrow<'_, Self>, m: &SeqFile) {
+        let place = &this.place;
+        let paging = match this.pages.read().mode() {
+            Mode::Off => "off",
+            Mode::On { .. } => "on",
+            Mode::Removed => "removed",
+        };
+        seq_print!(m, "kdp-slot:\t{}\n", place.id);
+        seq_print!(m, "kdp-base-gfn:\t{}\n", place.base_gfn);
+        seq_print!(m, "kdp-pages:\t{}\n", place.nr_pages);
+        seq_print!(m, "kdp-paging:\t{}\n", paging);
+        seq_print!(m, "kdp-pinned-pages:\t{}\n", this.backing.pinned_pages());
+        seq_print!(m, "kdp-name:\t{}\n", place.name);
+        this.stats
+            .for_each(|name, value| seq_print!(m, "kdp-{}:\t{}\n", name, value));
+    }
+}

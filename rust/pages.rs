@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The pages of one memslot: the state of each, and the folios that are pinned for them.
+//!
+//! All of it is under the memslot's `pages` lock (see memslot.rs). A fault reads the state and maps
+//! the page under the lock for reading, so whoever has it for writing may change states, unmap, and
+//! unpin what was unmapped: no fault is in between.
+//!
+//! Present bits are words shared with userspace, which sets bits at any time without a lock; only
+//! *clearing* them is bound to the lock. They and the zero bits come in chunks of a page, allocated
+//! when first needed, so an untouched memslot costs the same whatever its size.
+
+use crate::{
+    ffi::{
+        memfd::Pinned,
+        shared_page::{
+            SharedPage,
+            SharedWord, //
+        },
+        tree::Tree, //
+    },
+    rules::{
+        bits::{
+            self,
+            Word, //
+        },
+        range::{
+            self,
+            ChunkPart,
+            PageRange, //
+        },
+        touch::State, //
+    }, //
+};
+use kernel::prelude::*;
+
+/// What the pages are when no bit says more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Demand paging is off: every page is present, and there are no bits.
+    Off,
+    /// Demand paging is on; a chunk that was never needed reads as `default` bits.
+    On {
+        /// Whether that means present.
+        default: bool,
+    },
+    /// The memslot was removed.
+    Removed,
+}
+
+/// The pages.
+pub(crate) struct Pages {
+    mode: Mode,
+    present: Tree<KBox<SharedPage>>,
+    /// "Known to hold nothing". The present bit, if set, counts for more.
+    zero: Tree<KBox<SharedPage>>,
+    /// Pinned folios by granule: the number of an allocation of the memfd.
+    pub(crate) pinned: Tree<Pinned>,
+}
+
+impl Pages {
+    pub(crate) fn new(mode: Mode) -> Result<Self> {
+        Ok(Self {
+            mode,
+            present: Tree::new()?,
+            zero: Tree::new()?,
+            pinned: Tree::new()?,
+        })
+    }
+
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Starts over in another mode, with no bits. The caller unmaps the bitmap.
+    pub(crate) fn restart(&mut self, mode: Mode) {
+        self.mode = mode;
+        self.present.remove_range(0, usize::MAX);
+        self.zero.remove_range(0, usize::MAX);
+    }
+
+    fn words(tree: &Tree<KBox<SharedPage>>, chunk: u64) -> Option<&[SharedWord]> {
+        tree.get(chunk as usize).map(|page| &page.words()[..])
+    }
+
+    fn chunk(
+        tree: &Tree<KBox<SharedPage>>,
+        chunk: u64,
+        default: bool,
+    ) -> Result<&SharedPage> {
+        if tree.get(chunk as usize).is_none() {
+            let page = KBox::new(SharedPage::new(default)?, GFP_KERNEL_ACCOUNT)?;
+            // Another thread may have been faster: then its page counts.
+            tree.insert(chunk as usize, page)?;
+        }
+        tree.get(chunk as usize).ok_or(ENOMEM)
+    }
+
+    /// The state of a page.
+    #[inline]
+    pub(crate) fn state(&self, page: u64) -> State {
+        let Mode::On { default } = self.mode else {
+            return if self.mode == Mode::Off {
+                State::Present
+            } else {
+                State::Removed
+            };
+        };
+        let (chunk, word, bit) = range::locate(page);
+        let present = Self::words(&self.present, chunk);
+        if present.map_or(default, |words| bits::is_set(words, word, bit)) {
+            State::Present
+        } else if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
+            State::Zero
+        } else {
+            State::Absent
+        }
+    }
+
+    /// Whether the present bit of every page of a range is `value`.
+    pub(crate) fn all_present(&self, range: PageRange, value: bool) -> bool {
+        match self.mode {
+            Mode::Off => value,
+            Mode::Removed => false,
+            Mode::On { default } => range.chunks().all(|part| {
+                match Self::words(&self.present, part.chunk) {
+                    Some(words) => bits::all(words, part, value),
+                    None => default == value,
+                }
+            }),
+        }
+    }
+
+    /// The page of the present bitmap that holds a chunk's bits, to map it; none when paging is off.
+    pub(crate) fn bitmap_page(&self, chunk: u64) -> Result<Option<&SharedPage>> {
+        match self.mode {
+            Mode::On { default } => Self::chunk(&self.present, chunk, default).map(Some),
+            Mode::Off | Mode::Removed => Ok(None),
+        }
+    }
+
+    /// Makes pages present; returns how many were not. Data, then bit: whoever sees the bit sees what
+    /// was written to the pages before.
+    pub(crate) fn mark_present(&self, part: ChunkPart) -> Result<u64> {
+        let Mode::On { default } = self.mode else {
+            return Ok(0);
+        };
+        if default && self.present.get(part.chunk as usize).is_none() {
+            return Ok(0);
+        }
+        let words = Self::chunk(&self.present, part.chunk, default)?.words();
+        let changed = bits::set(words, part);
+        if let Some(zero) = Self::words(&self.zero, part.chunk) {
+            bits::clear_both(Some(zero), None, part);
+        }
+        Ok(changed)
+    }
+
+    /// Makes absent pages zero; returns how many were absent.
+    pub(crate) fn mark_zero(&self, part: ChunkPart) -> Result<u64> {
+        let Mode::On { default } = self.mode else {
+            return Ok(0);
+        };
+        let present = Self::words(&self.present, part.chunk);
+        if present.is_none() && default {
+            return Ok(0);
+        }
+        let zero = Self::chunk(&self.zero, part.chunk, false)?.words();
+        Ok(bits::set_unless(zero, present, part))
+    }
+
+    /// Makes pages absent; returns how many were not. The caller unmaps them before it gives up the
+    /// lock, which is why this takes it for writing.
+    pub(crate) fn mark_absent(&mut self, part: ChunkPart) -> Result<u64> {
+        let Mode::On { default } = self.mode else {
+            return Ok(0);
+        };
+        if default {
+            Self::chunk(&self.present, part.chunk, default)?;
+        }
+        let present = Self::words(&self.present, part.chunk);
+        let zero = Self::words(&self.zero, part.chunk);
+        Ok(bits::clear_both(present, zero, part))
+    }
+
+    /// A page in the state zero has been filled: it is present now.
+    pub(crate) fn zero_filled(&self, page: u64) -> Result {
+        let (chunk, word, bit) = range::locate(page);
+        let Mode::On { default } = self.mode else {
+            return Ok(());
+        };
+        Self::chunk(&self.present, chunk, default)?.words()[word].set_release(bit);
+        if let Some(zero) = Self::words(&self.zero, chunk) {
+            zero[word].clear(bit);
+        }
+        Ok(())
+    }
+}
