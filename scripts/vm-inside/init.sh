@@ -1,0 +1,72 @@
+#!/bin/busybox sh
+# PID 1 of the test VM, in the place of virtme-ng's own init, which spends half a minute under emulation on udev,
+# tmpfiles and two dozen mounts that no test needs.
+#
+# The runner (run.py) leaves in /mnt what is to be done: `settings` (shell variables) and `command` (a script).
+# The shell of Debian's static busybox runs its own applets first, so this starts no dynamic program but COMMAND.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LANG=C.UTF-8
+tell() { echo "<6>vm-init: $*" >/dev/kmsg; }
+
+. /mnt/settings
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs -o mode=755 run /run
+mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t tmpfs -o mode=1777 tmp /var/tmp
+mkdir -p /dev/pts /dev/shm /dev/virtio-ports
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs -o mode=1777 shm /dev/shm
+mount -t debugfs debugfs /sys/kernel/debug
+mount -t tracefs tracefs /sys/kernel/tracing
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+ln -s /proc/self/fd /dev/fd
+mount -t 9p -o "version=9p2000.L,trans=virtio,access=any,msize=$msize" kdp.src /kdp/src
+ip link set lo up
+hostname kdp-vm
+
+# What udev is for in other systems: the ports by their names.
+for port in /sys/class/virtio-ports/*; do
+	[ -e "$port/name" ] || continue
+	read -r name <"$port/name"
+	ln -s "../${port##*/}" "/dev/virtio-ports/$name"
+done
+
+for m in kvm_amd kvm_intel; do
+	modprobe $m 2>/dev/null && break
+done
+[ -e /dev/kvm ] || tell "there is no /dev/kvm: the VM's CPU offers no virtualization"
+
+jiffies() { awk '/^jiffies:/ { print $2; exit }' /proc/timer_list; }
+export KDP_KERNEL
+cd /kdp/src || poweroff -f
+
+if [ "$shell" = yes ]; then
+	exec <>"/dev/$virtme_console" >&0 2>&0
+	[ -z "$virtme_stty_con" ] || stty $virtme_stty_con
+	insmod "$module" || echo "There is no module loaded. 'make modules' builds it; dmesg says what went wrong."
+	echo "The test VM ($KDP_KERNEL kernel, $(uname -r)); the checkout is here. Leave it with 'exit'."
+	setsid -c /bin/bash <>"/dev/$virtme_console" >&0 2>&0
+	poweroff -f
+fi
+
+ports=/dev/virtio-ports
+# A port has one opener at a time, so programs that open /dev/stdout by name get a second one.
+ln -sf $ports/virtme.dev_stdout /dev/stdout
+ln -sf $ports/virtme.dev_stderr /dev/stderr
+tell "started; jiffies $(jiffies)"
+setsid /bin/sh /mnt/command <$ports/virtme.stdin >$ports/virtme.stdout 2>$ports/kdp.stderr
+status=$?
+tell "command ended with status $status"
+
+# Two scans: the first one only notes the checksums of what it cannot find a pointer to, and nothing younger than
+# 5 seconds is looked at.
+leaks=/sys/kernel/debug/kmemleak
+if [ -e $leaks ] && [ "$leak_scan" = yes ]; then
+	sleep 6
+	echo scan >$leaks && echo scan >$leaks
+	while read -r line; do echo "<6>vm-kmemleak: $line" >/dev/kmsg; done <$leaks
+	tell "kmemleak scanned"
+fi
+echo $status >$ports/virtme.ret
+poweroff -f

@@ -1,0 +1,314 @@
+"""The test VM's runner, inside the toolbox: virtme-ng builds the VM, this feeds and watches it.
+
+scripts/vm has the interface. Started in the private mount namespace that the toolbox gives to every command.
+"""
+
+import argparse
+import os
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(__file__))
+import splats  # noqa: E402
+
+SRC = "/kdp/src"
+CACHE = "/kdp/cache"
+HERE = f"{SRC}/scripts/vm-inside"
+HANDOVER = Path("/mnt")
+# virtme-ng's own init, in whose place ours is mounted.
+VIRTME_INIT = "/usr/lib/python3/dist-packages/virtme/guest/virtme-init"
+MODULE = f"{SRC}/build/module/{{}}/kvm_demand_paging.ko"
+
+STATUS_SPLAT = 90
+STATUS_DIED = 91
+STATUS_TIMEOUT = 124
+
+# Whatever way we end, the kernel ends all of the VM's processes: they are a PID namespace of their own, whose first
+# process dies with unshare, which dies with us.
+CONTAINED = ["setpriv", "--pdeathsig", "KILL"]
+CONTAINED += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "unchanged"]
+
+# Requests of 9p are slow under emulation, so they are large. The root does not change while a VM runs: it is
+# cached. The checkout is what results are written to: it is not.
+MSIZE = 512 * 1024
+ROOTFLAGS = f"version=9p2000.L,trans=virtio,access=any,cache=loose,msize={MSIZE}"
+
+
+def die(text):
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(1)
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(prog="vm", allow_abbrev=False, add_help=False)
+    p.add_argument("action", choices=["run", "shell"])
+    p.add_argument("--kdir", required=True)
+    p.add_argument("--kernel", default="fast", choices=["fast", "debug"])
+    p.add_argument("--memory", default="4G")
+    p.add_argument("--cpus", type=int, default=2)
+    p.add_argument("--hugepages", type=int, default=0)
+    p.add_argument("--kernel-arg", action="append", default=[])
+    p.add_argument("--icount", action="store_true")
+    p.add_argument("--timeout", type=int)
+    p.add_argument("--allow-splat", action="store_true")
+    command = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, command = argv[:cut], argv[cut + 1 :]
+    args = p.parse_args(argv)
+    args.command = command
+    if args.action == "run":
+        if not command:
+            p.error("vm run needs a command after '--'")
+        args.timeout = args.timeout or 600
+    else:
+        if command:
+            p.error("vm shell takes no command: say vm run")
+        if not sys.stdin.isatty() or not sys.stdout.isatty():
+            p.error("vm shell needs a terminal: say vm run -- COMMAND")
+    if args.icount:
+        args.cpus = 1
+    return args
+
+
+def mount(*args):
+    subprocess.run(["mount", *args], check=True)
+
+
+def prepare(args):
+    """Lays out what the VM finds on its root. All of it is gone with our mount namespace."""
+    modules = f"{args.kdir}/install/lib/modules"
+    os.makedirs("/lib/modules", exist_ok=True)
+    mount("--bind", modules, "/lib/modules")
+    mount("--bind", f"{HERE}/init.sh", VIRTME_INIT)
+    mount("-t", "tmpfs", "tmpfs", str(HANDOVER))
+    settings = {
+        "KDP_KERNEL": args.kernel,
+        "shell": "yes" if args.action == "shell" else "no",
+        "msize": MSIZE,
+        "module": MODULE.format(args.kernel),
+        "leak_scan": "yes" if args.kernel == "debug" else "no",
+    }
+    text = "".join(f"{k}={shlex.quote(str(v))}\n" for k, v in settings.items())
+    (HANDOVER / "settings").write_text(text, encoding="utf-8")
+    (HANDOVER / "command").write_text(f"exec {shlex.join(args.command)}\n", encoding="utf-8")
+
+
+def host_runs_kernels(kdir):
+    """Whether KVM here can run the test kernel, with virtualization for the guests inside it.
+
+    /dev/kvm may exist where no kernel boots under it, so the kernel is booted, up to its init. The answer holds
+    until this host or the kernel changes.
+    """
+    if not os.path.exists("/dev/kvm"):
+        return False
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    key = f"{boot} {kdir}"
+    cache = Path(f"{CACHE}/vm-kvm-probe")
+    if cache.exists():
+        known, _, answer = cache.read_text(encoding="utf-8").strip().rpartition(" ")
+        if known == key:
+            return answer == "yes"
+    with tempfile.TemporaryDirectory() as tmp:
+        shutil.copy("/bin/busybox", f"{tmp}/busybox")
+        init = Path(tmp, "init")
+        init.write_text(
+            "#!/busybox sh\nmkdir /proc; mount -t proc proc /proc\n"
+            "grep -qE '^flags.* (svm|vmx)( |$)' /proc/cpuinfo && echo KDP-PROBE-OK\nreboot -f\n",
+            encoding="ascii",
+        )
+        init.chmod(0o755)
+        initrd = f"{tmp}/initrd"
+        subprocess.run(
+            f"cd {tmp} && printf '%s\\n' busybox init | cpio -o -H newc --quiet >{initrd}", shell=True, check=True
+        )
+        try:
+            out = subprocess.run(
+                ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512M", "-nodefaults", "-display", "none"]
+                + ["-no-reboot", "-serial", "stdio", "-kernel", f"{kdir}/arch/x86/boot/bzImage", "-initrd", initrd]
+                + ["-append", "console=ttyS0 panic=-1"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=20,
+                check=False,
+            ).stdout
+        except subprocess.TimeoutExpired as e:
+            out = e.stdout or b""
+    answer = b"KDP-PROBE-OK" in out
+    cache.write_text(f"{key} {'yes' if answer else 'no'}\n", encoding="utf-8")
+    return answer
+
+
+def virtme_args(args, kvm, stderr_fd):
+    kernel_args = [
+        "root=/dev/root",
+        f"rootflags={ROOTFLAGS}",
+        # /lib/modules is the right one: virtme-ng need not look for it.
+        "loglevel=7",
+        "printk.time=1",
+        # No device of the VM is worth probing for.
+        "i8042.noaux",
+        "i8042.nokbd",
+        "8250.nr_uarts=1",
+        # The clock source is the same for all CPUs, emulated or not.
+        "tsc=reliable",
+        "random.trust_cpu=on",
+    ]
+    if not kvm:
+        # Emulation on a busy host is not a lockup.
+        kernel_args += ["rcupdate.rcu_cpu_stall_timeout=60", "watchdog_thresh=30"]
+    if args.hugepages:
+        kernel_args += ["hugepagesz=2M", f"hugepages={args.hugepages}"]
+    kernel_args += args.kernel_arg
+
+    if kvm:
+        qemu = ["-cpu", "host"]
+    elif args.icount:
+        # Without ERMS and FSRM, or a string copy would count once per byte.
+        qemu = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max,+svm,+npt,-erms,-fsrm"]
+    else:
+        qemu = ["-accel", "tcg,thread=multi", "-cpu", "max,+svm"]
+    # The root is read-only; the checkout, which lies in it, is exported once more to be written.
+    qemu += ["-fsdev", f"local,id=kdpsrc,path={SRC},security_model=none,multidevs=remap"]
+    qemu += ["-device", "virtio-9p-pci,fsdev=kdpsrc,mount_tag=kdp.src", "-no-reboot"]
+
+    out = ["virtme-run", "--kimg", f"{args.kdir}/arch/x86/boot/bzImage", "--mods", "none", "--force-9p"]
+    out += ["--disable-microvm", "--memory", args.memory, "--cpus", str(args.cpus)]
+    if not kvm:
+        out += ["--disable-kvm"]
+    for arg in kernel_args:
+        out += ["-a", arg]
+    if args.action == "run":
+        # The port's name is all that init knows; the command is in the hand-over folder. virtme-ng's own port for
+        # stderr shares its fd with the console.
+        out += ["--show-boot-console", "--script-sh", ":"]
+        qemu += ["-chardev", f"file,id=kdperr,path=/proc/self/fd/{stderr_fd}", "-device", "virtio-serial-pci"]
+        qemu += ["-device", "virtserialport,name=kdp.stderr,chardev=kdperr"]
+    return out + ["--qemu-opts", *qemu]
+
+
+def log_path(args):
+    name = "shell" if args.action == "shell" else os.path.basename(args.command[0])
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:40]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(f"{SRC}/build/log/vm-{stamp}-{args.kernel}-{name}-{os.getppid()}.log")
+
+
+def interrupted(_signum, _frame):
+    raise KeyboardInterrupt
+
+
+class Vm:
+    """A running VM: its console goes into the log, COMMAND's output where it belongs."""
+
+    def __init__(self, args, kvm, log):
+        self.args = args
+        self.log = log
+        console_r, console_w = os.pipe()
+        routes = {console_r: log.fileno()}
+        fds = {"stdin": None, "stdout": None, "stderr": console_w}
+        passed, err_w = [], None
+        if args.action == "run":
+            # Pipes, as QEMU opens what it is given by its path again, and would truncate a file.
+            out_r, out_w = os.pipe()
+            err_r, err_w = os.pipe()
+            routes |= {out_r: 1, err_r: 2}
+            fds |= {"stdin": subprocess.DEVNULL, "stdout": out_w}
+            passed = [err_w]
+        self.routes = routes
+        self.process = subprocess.Popen(
+            CONTAINED + virtme_args(args, kvm, err_w),
+            **fds,
+            pass_fds=passed,
+            # The shell's QEMU must be in the terminal's foreground group.
+            start_new_session=args.action == "run",
+        )
+        for fd in (console_w, fds["stdout"], err_w):
+            if isinstance(fd, int) and fd > 2:
+                os.close(fd)
+
+    def watch(self):
+        """Until the VM has ended. Returns False if it had to be ended at the timeout."""
+        deadline = time.monotonic() + self.args.timeout if self.args.timeout else None
+        with selectors.DefaultSelector() as sel:
+            for fd in self.routes:
+                sel.register(fd, selectors.EVENT_READ)
+            while sel.get_map():
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                for key, _ in sel.select(1.0):
+                    data = os.read(key.fd, 1 << 16)
+                    if not data:
+                        sel.unregister(key.fd)
+                        continue
+                    self.forward(self.routes[key.fd], data)
+        return True
+
+    @staticmethod
+    def forward(fd, data):
+        while data:
+            data = data[os.write(fd, data) :]
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def verdict(args, path, status, ended):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    where = str(path.relative_to(SRC))
+    found = splats.scan(text)
+    for report in found:
+        print(f"--- the kernel complained ({where}):", *report, sep="\n", file=sys.stderr)
+    if not ended:
+        print(f"error: the VM was ended after {args.timeout} s (--timeout). Its last lines:", file=sys.stderr)
+        print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
+        print(f"The whole console: {where}", file=sys.stderr)
+        return STATUS_TIMEOUT
+    if args.action == "run" and "vm-init: command ended with status" not in text:
+        print(f"error: the VM died before the command ended. The console: {where}. Its last lines:", file=sys.stderr)
+        print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
+        return STATUS_SPLAT if found and not args.allow_splat else STATUS_DIED
+    if found and not args.allow_splat:
+        print(f"error: the kernel complained {len(found)} time(s); the command's status was {status}.", file=sys.stderr)
+        return STATUS_SPLAT
+    if "vm-init: started" in text and args.kernel == "debug" and "vm-init: kmemleak scanned" not in text:
+        print(f"error: kmemleak did not scan: is CONFIG_DEBUG_KMEMLEAK on? The console: {where}", file=sys.stderr)
+        return STATUS_SPLAT
+    return status
+
+
+def main():
+    args = parse(sys.argv[1:])
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGHUP, interrupted)
+    prepare(args)
+    kvm = not args.icount and host_runs_kernels(args.kdir)
+    path = log_path(args)
+    with open(path, "wb", buffering=0) as log:
+        vm = Vm(args, kvm, log)
+        try:
+            ended = vm.watch()
+            if ended:
+                status = vm.process.wait()
+            else:
+                vm.kill()
+                status = STATUS_TIMEOUT
+        except KeyboardInterrupt:
+            vm.kill()
+            print(f"interrupted; the console: {path.relative_to(SRC)}", file=sys.stderr)
+            return 130
+    return verdict(args, path, status, ended)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

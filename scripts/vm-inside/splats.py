@@ -1,0 +1,102 @@
+"""What counts as a complaint of the kernel, and how it is cut out of a console's log.
+
+Also a command: `splats.py LOG` prints what it finds and exits with 1 if there is anything.
+"""
+
+import re
+import sys
+
+# Only lines that printk wrote count, so that nothing a program prints looks like a report.
+PRINTK = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?(.*)$")
+
+# Lockdep's and RCU's reports begin with "WARNING: " in their second line; KASAN's, soft lockups and sleeping in
+# atomic context with "BUG: ".
+BEGINS = re.compile(
+    r"""
+    \bWARNING:\ | \bBUG:\ | kernel\ BUG\ at | \bOops\b | general\ protection\ fault | Unable\ to\ handle
+    | KASAN: | UBSAN: | KFENCE: | KCSAN: | kernel\ panic | Kernel\ panic
+    | possible\ circular\ locking | possible\ recursive\ locking | inconsistent\ lock\ state
+    | suspicious\ RCU\ usage | lock\ held\ when\ returning | bad\ unlock\ balance | lockdep\ is\ turned\ off
+    | trying\ to\ register\ non-static\ key | DEBUG_LOCKS_WARN_ON
+    | rcu.*(?:self-)?detected.*stall | rcu.*kthread.*starved | RCU\ stall
+    | sleeping\ function\ called\ from\ invalid\ context | scheduling\ while\ atomic
+    | task\ .*\ blocked\ for\ more\ than | soft\ lockup | hard\ LOCKUP | workqueue\ lockup
+    | ODEBUG: | refcount_t: | list_(?:add|del)\ corruption | Bad\ (?:page|rss-counter)\ state | page_table_check
+    | rust_kernel:\ panicked | stack\ guard\ page | Objects\ remaining\ in | memory\ leak\ in
+    | cut\ here
+    """,
+    re.VERBOSE,
+)
+# The lines after which a report is over; a report without one is cut off at LONGEST lines.
+ENDS = re.compile(r"---\[ end (?:trace|Kernel panic)|</TASK>$|^=+$")
+LONGEST = 60
+
+KMEMLEAK = re.compile(r"vm-kmemleak: (.*)$")
+STARTED = re.compile(r"vm-init: started; jiffies (\d+)")
+MODULE = "[kvm_demand_paging]"
+
+
+def printk_lines(text):
+    for line in text.splitlines():
+        m = PRINTK.match(line.rstrip("\r"))
+        if m:
+            yield m.group(1)
+
+
+def reports(lines):
+    """Each report as a list of its lines."""
+    found, current = [], None
+    for line in lines:
+        if KMEMLEAK.search(line) or line.startswith("vm-init: "):
+            continue
+        if current is None and BEGINS.search(line):
+            current = []
+            found.append(current)
+        if current is not None:
+            current.append(line)
+            # A line of "=" both begins and ends KASAN's and lockdep's reports.
+            if (len(current) > 3 and ENDS.search(line)) or len(current) >= LONGEST:
+                current = None
+    return found
+
+
+def leaks(lines):
+    """kmemleak's unreferenced objects that COMMAND is answerable for.
+
+    That is what was allocated since it started (an unloaded module's functions have no names left in a backtrace,
+    so the time is the better witness), and what our module allocated at any time. What the kernel and its drivers
+    lost during boot is not ours to report.
+    """
+    started, objects = None, []
+    for line in lines:
+        if m := STARTED.search(line):
+            started = int(m.group(1))
+        if m := KMEMLEAK.search(line):
+            if m.group(1).startswith("unreferenced object"):
+                objects.append([])
+            if objects:
+                objects[-1].append(m.group(1))
+
+    def ours(obj):
+        text = "\n".join(obj)
+        when = re.search(r"jiffies (\d+)", text)
+        return MODULE in text or (started is not None and when is not None and int(when.group(1)) >= started)
+
+    return [obj for obj in objects if ours(obj)]
+
+
+def scan(text):
+    lines = list(printk_lines(text))
+    return reports(lines) + leaks(lines)
+
+
+def main():
+    with open(sys.argv[1], encoding="utf-8", errors="replace") as f:
+        found = scan(f.read())
+    for report in found:
+        print("\n".join(report), end="\n\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
