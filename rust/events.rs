@@ -119,7 +119,11 @@ impl Events {
 
     /// The current thread begins to wait for a page. It must look at the page's state once more
     /// before it sleeps at the gate.
-    pub(crate) fn enter(&self, key: Key, access: Access) -> Result<(Ticket, Arc<Gate>), EnterError> {
+    pub(crate) fn enter(
+        &self,
+        key: Key,
+        access: Access,
+    ) -> Result<(Ticket, Arc<Gate>), EnterError> {
         let first = || {
             Ok(First {
                 access,

@@ -137,7 +137,11 @@ fn access(fault: &Fault<'_>) -> u32 {
     } else {
         KDP_ACCESS_KERNEL
     };
-    let write = if fault.is_write() { KDP_ACCESS_WRITE } else { 0 };
+    let write = if fault.is_write() {
+        KDP_ACCESS_WRITE
+    } else {
+        0
+    };
     let exec = if fault.is_exec() { KDP_ACCESS_EXEC } else { 0 };
     who | write | exec
 }

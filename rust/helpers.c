@@ -36,7 +36,8 @@ void kdp_release_fault_lock(struct vm_fault *vmf)
 
 bool kdp_vma_is_shared(const struct vm_area_struct *vma)
 {
-	return vma->vm_flags & VM_SHARED;
+	/* A file that is open for reading only loses VM_SHARED (do_mmap()). */
+	return vma->vm_flags & VM_MAYSHARE;
 }
 
 pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma)

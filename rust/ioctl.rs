@@ -54,7 +54,9 @@ const MAX_GFN: u64 = 1 << (52 - PAGE_SHIFT);
 pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<isize> {
     match cmd {
         KDP_CMD_INFO => simple(arg, info),
-        KDP_CMD_MEMSLOT_CREATE => with_fds(arg, |a| memslot_create(vm, a), |a| vm.remove(a.slot_id)),
+        KDP_CMD_MEMSLOT_CREATE => {
+            with_fds(arg, |a| memslot_create(vm, a), |a| vm.remove(a.slot_id))
+        }
         KDP_CMD_MEMSLOT_REMOVE => simple(arg, |a| memslot_remove(vm, a)),
         KDP_CMD_MEMSLOT_GET => with_fds(arg, |a| memslot_get(vm, a), |_| Ok(())),
         KDP_CMD_PAGING => simple(arg, |a| paging(vm, a)),

@@ -5,7 +5,10 @@
 //! The map of the house is in Documentation/internals.md.
 
 // Reached from two crates; each uses its part.
-#[expect(unreachable_pub, reason = "the rules are a crate of their own on the host")]
+#[expect(
+    unreachable_pub,
+    reason = "the rules are a crate of their own on the host"
+)]
 mod rules;
 
 mod backing;

@@ -202,7 +202,13 @@ impl Memslot {
             first += part.count;
             progress.changed += changed;
             self.stats.resolved().add(changed);
-            trace::resolve(self.place.id, first - part.count, part.count, changed, woken);
+            trace::resolve(
+                self.place.id,
+                first - part.count,
+                part.count,
+                changed,
+                woken,
+            );
             (changed, woken) = (0, 0);
         }
         progress.done += 1;

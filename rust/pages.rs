@@ -83,11 +83,7 @@ impl Pages {
         tree.get(chunk as usize).map(|page| &page.words()[..])
     }
 
-    fn chunk(
-        tree: &Tree<KBox<SharedPage>>,
-        chunk: u64,
-        default: bool,
-    ) -> Result<&SharedPage> {
+    fn chunk(tree: &Tree<KBox<SharedPage>>, chunk: u64, default: bool) -> Result<&SharedPage> {
         if tree.get(chunk as usize).is_none() {
             let page = KBox::new(SharedPage::new(default)?, GFP_KERNEL_ACCOUNT)?;
             // Another thread may have been faster: then its page counts.
@@ -122,12 +118,14 @@ impl Pages {
         match self.mode {
             Mode::Off => value,
             Mode::Removed => false,
-            Mode::On { default } => range.chunks().all(|part| {
-                match Self::words(&self.present, part.chunk) {
-                    Some(words) => bits::all(words, part, value),
-                    None => default == value,
-                }
-            }),
+            Mode::On { default } => {
+                range
+                    .chunks()
+                    .all(|part| match Self::words(&self.present, part.chunk) {
+                        Some(words) => bits::all(words, part, value),
+                        None => default == value,
+                    })
+            }
         }
     }
 

@@ -85,8 +85,11 @@ pub(crate) struct Vm {
     /// What removed memslots have counted, and the VM itself.
     pub(crate) stats: Stats,
     #[pin]
-    debugfs: Mutex<Option<Pin<KBox<debugfs::File<Arc<Vm>>>>>>,
+    debugfs: Mutex<Option<DebugFile>>,
 }
+
+/// The VM's file in debugfs. It holds the VM: a cycle, until the last descriptor is closed.
+type DebugFile = Pin<KBox<debugfs::File<Arc<Vm>>>>;
 
 /// Numbers VMs; only uniqueness counts: relaxed.
 static NEXT_SERIAL: Atomic<u64> = Atomic::new(1);

@@ -114,9 +114,9 @@ impl<F: FileOps, D> Fops<F, D> {
         }
     }
 
-    // SAFETY (of all that follow): the VFS calls these with a file that has this table, that is
-    // between open and release, and whose private data is thus an `Arc<F>`.
-
+    /// # Safety
+    ///
+    /// `file` has this table and is being released; its private data is an `Arc<F>` or null.
     unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
         // SAFETY: The file is being released: its private data is ours alone. It is null if the file
         // was never completed.
@@ -126,8 +126,11 @@ impl<F: FileOps, D> Fops<F, D> {
         0
     }
 
+    /// # Safety
+    ///
+    /// `file` has this table and is open; its private data is an `Arc<F>`.
     unsafe extern "C" fn flush(file: *mut bindings::file, id: bindings::fl_owner_t) -> c_int {
-        // SAFETY: See above; the pointer is only compared.
+        // SAFETY: By the caller's promise; the pointer is only compared.
         let (this, held) = unsafe { (borrow::<F>(file), c::kdp_files_hold(file)) };
         // A descriptor of a process that has another one of the same file tells nothing.
         if !held {
@@ -136,22 +139,30 @@ impl<F: FileOps, D> Fops<F, D> {
         0
     }
 
+    /// # Safety
+    ///
+    /// As for `flush()`.
     unsafe extern "C" fn llseek(
         file: *mut bindings::file,
         offset: bindings::loff_t,
         whence: c_int,
     ) -> bindings::loff_t {
-        // SAFETY: See above.
-        unsafe { bindings::fixed_size_llseek(file, offset, whence, F::size(borrow::<F>(file)) as _) }
+        // SAFETY: By the caller's promise.
+        unsafe {
+            bindings::fixed_size_llseek(file, offset, whence, F::size(borrow::<F>(file)) as i64)
+        }
     }
 
+    /// # Safety
+    ///
+    /// As for `flush()`.
     unsafe extern "C" fn read(
         file: *mut bindings::file,
         buf: *mut c_char,
         len: usize,
         _pos: *mut bindings::loff_t,
     ) -> isize {
-        // SAFETY: See above.
+        // SAFETY: By the caller's promise.
         let (this, flags) = unsafe { (borrow::<F>(file), (*file).f_flags) };
         let out = UserSlice::new(UserPtr::from_ptr(buf.cast()), len).writer();
         match F::read(this, out, flags & bindings::O_NONBLOCK != 0) {
@@ -160,11 +171,14 @@ impl<F: FileOps, D> Fops<F, D> {
         }
     }
 
+    /// # Safety
+    ///
+    /// As for `flush()`, and `table` is valid or null.
     unsafe extern "C" fn poll(
         file: *mut bindings::file,
         table: *mut bindings::poll_table_struct,
     ) -> bindings::__poll_t {
-        // SAFETY: See above. The VFS passes a valid table or null.
+        // SAFETY: By the caller's promise.
         let (this, file, table) = unsafe {
             (
                 borrow::<F>(file),
@@ -175,8 +189,11 @@ impl<F: FileOps, D> Fops<F, D> {
         F::poll(this, file, &table)
     }
 
+    /// # Safety
+    ///
+    /// As for `flush()`.
     unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
-        // SAFETY: See above.
+        // SAFETY: By the caller's promise.
         let this = unsafe { borrow::<F>(file) };
         match F::ioctl(this, cmd, UserPtr::from_addr(arg)) {
             Ok(value) => value as c_long,
@@ -184,11 +201,14 @@ impl<F: FileOps, D> Fops<F, D> {
         }
     }
 
+    /// # Safety
+    ///
+    /// As for `flush()`, and `vma` is a new area of that file.
     unsafe extern "C" fn mmap(
         file: *mut bindings::file,
         vma: *mut bindings::vm_area_struct,
     ) -> c_int {
-        // SAFETY: See above. The area is new, and its file is this one, which holds the `Arc`.
+        // SAFETY: By the caller's promise; the file holds the `Arc`.
         let (this, mapping) = unsafe {
             (
                 borrow::<F>(file),
@@ -198,8 +218,11 @@ impl<F: FileOps, D> Fops<F, D> {
         from_result(|| F::mmap(this, mapping).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// As for `flush()`, and `m` is a valid seq_file.
     unsafe extern "C" fn fdinfo(m: *mut bindings::seq_file, file: *mut bindings::file) {
-        // SAFETY: See above; the seq_file is valid for the call.
+        // SAFETY: By the caller's promise.
         let (this, m) = unsafe { (borrow::<F>(file), SeqFile::from_raw(m)) };
         F::fdinfo(this, m);
     }
@@ -226,6 +249,9 @@ impl<D: Device> Fops<D::Opened, D> {
     /// For files that are opened through a device node.
     const DEVICE_TABLE: bindings::file_operations = Self::table(Some(Self::open));
 
+    /// # Safety
+    ///
+    /// `file` has this table and is being opened, by misc_open().
     unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
         // SAFETY: misc_open() left the miscdevice in the file, which is the one of a `Node<D>`: only
         // those have this table. It holds misc_mtx, so the node is not dropped meanwhile.
@@ -322,7 +348,9 @@ impl RawFile {
     }
 
     /// A new file on an inode of its own, whose private data is what `make` makes.
-    pub(crate) fn with_inode<F: FileOps>(make: impl FnOnce(Inode) -> Result<Arc<F>>) -> Result<Self> {
+    pub(crate) fn with_inode<F: FileOps>(
+        make: impl FnOnce(Inode) -> Result<Arc<F>>,
+    ) -> Result<Self> {
         // SAFETY: The table is static.
         let file = from_err_ptr(unsafe { c::kdp_memslot_file(&Fops::<F, ()>::TABLE) })?;
         // INVARIANT: The file comes with a reference.
@@ -388,8 +416,8 @@ impl Inode {
         unsafe {
             bindings::unmap_mapping_range(
                 (*self.0.as_ptr()).i_mapping,
-                (first << PAGE_SHIFT) as _,
-                (count << PAGE_SHIFT) as _,
+                (first << PAGE_SHIFT) as i64,
+                (count << PAGE_SHIFT) as i64,
                 1,
             )
         };

@@ -237,7 +237,9 @@ pub(super) extern "C" fn on_page_fault(
             thread.forget_fault();
             return;
         }
-        thread.gfn.store(address >> kernel::page::PAGE_SHIFT, Relaxed);
+        thread
+            .gfn
+            .store(address >> kernel::page::PAGE_SHIFT, Relaxed);
         thread.guest_exits.store(running.guest_exits(), Relaxed);
         // INVARIANT: The thread is inside KVM_RUN, until `on_userspace_exit()`.
         thread.vcpu.store(vcpu.as_ptr(), Relaxed);

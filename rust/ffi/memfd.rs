@@ -42,8 +42,7 @@ impl Memfd {
         if !is_memfd {
             return Err(EINVAL);
         }
-        if seals & c::F_SEAL_SHRINK == 0
-            || seals & (c::F_SEAL_WRITE | c::F_SEAL_FUTURE_WRITE) != 0
+        if seals & c::F_SEAL_SHRINK == 0 || seals & (c::F_SEAL_WRITE | c::F_SEAL_FUTURE_WRITE) != 0
         {
             return Err(EPERM);
         }

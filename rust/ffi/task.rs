@@ -114,7 +114,7 @@ impl User {
     /// Gives back `pages` that were charged.
     pub(crate) fn uncharge(&self, pages: usize) {
         // SAFETY: The reference keeps the user valid (type invariant).
-        unsafe { c::kdp_uncharge_locked(self.0.as_ptr(), pages as _) };
+        unsafe { c::kdp_uncharge_locked(self.0.as_ptr(), pages as isize) };
     }
 }
 

@@ -179,10 +179,16 @@ impl Drop for User {
     }
 }
 
+/// # Safety
+///
+/// `point` is a valid tracepoint.
 unsafe extern "C" fn for_found(point: *mut bindings::tracepoint, _data: *mut c_void) {
     STATE.lock().found(point);
 }
 
+/// # Safety
+///
+/// `data` is the `struct tp_module` of a module that is being loaded or unloaded.
 unsafe extern "C" fn notify(
     _nb: *mut bindings::notifier_block,
     action: c_ulong,

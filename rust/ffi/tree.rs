@@ -109,14 +109,7 @@ impl<T: Entry> Tree<T> {
     pub(crate) fn insert(&self, index: usize, entry: T) -> Result<bool> {
         let raw = entry.into_raw();
         // SAFETY: The xarray is valid and `raw` is what it can store (safety of `Entry`).
-        let old = unsafe {
-            c::kdp_xa_cmpxchg(
-                self.xa.get(),
-                index,
-                core::ptr::null_mut(),
-                raw,
-            )
-        };
+        let old = unsafe { c::kdp_xa_cmpxchg(self.xa.get(), index, core::ptr::null_mut(), raw) };
         if old.is_null() {
             return Ok(true);
         }
@@ -138,9 +131,8 @@ impl<T: Entry> Tree<T> {
     pub(crate) fn next(&self, from: usize, last: usize) -> Option<usize> {
         let mut index = from;
         // SAFETY: The xarray is valid, `index` a place for the answer.
-        let raw = unsafe {
-            bindings::xa_find(self.xa.get(), &mut index, last, bindings::XA_PRESENT)
-        };
+        let raw =
+            unsafe { bindings::xa_find(self.xa.get(), &mut index, last, bindings::XA_PRESENT) };
         (!raw.is_null()).then_some(index)
     }
 
@@ -151,7 +143,9 @@ impl<T: Entry> Tree<T> {
         while let Some(index) = self.next(from, last) {
             drop(self.remove(index));
             removed += 1;
-            let Some(next) = index.checked_add(1) else { break };
+            let Some(next) = index.checked_add(1) else {
+                break;
+            };
             from = next;
         }
         removed

@@ -111,5 +111,7 @@ pub(crate) fn copy_out<T: Argument>(arg: UserPtr, value: &T) -> Result {
     let mut size = [0; 4];
     size.copy_from_slice(&bytes[..4]);
     let known = (u32::from_ne_bytes(size) as usize).min(bytes.len());
-    UserSlice::new(arg, known).writer().write_slice(&bytes[..known])
+    UserSlice::new(arg, known)
+        .writer()
+        .write_slice(&bytes[..known])
 }

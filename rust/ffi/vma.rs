@@ -238,9 +238,7 @@ impl<M: Mapping> Ops<M> {
     ///
     /// `raw` is the argument of a running fault handler of an area that [`NewMapping::install`] set up for
     /// `M`.
-    unsafe fn enter<'a>(
-        raw: *mut bindings::vm_fault,
-    ) -> (ArcBorrow<'a, M::Owner>, Fault<'a>) {
+    unsafe fn enter<'a>(raw: *mut bindings::vm_fault) -> (ArcBorrow<'a, M::Owner>, Fault<'a>) {
         let mut info = c::kdp_fault::default();
         // SAFETY: By the caller's promise.
         unsafe { c::kdp_fault_read(raw, &mut info) };
@@ -255,17 +253,23 @@ impl<M: Mapping> Ops<M> {
         (owner, fault)
     }
 
+    /// # Safety
+    ///
+    /// As for `enter()`.
     unsafe extern "C" fn fault(raw: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-        // SAFETY: mm calls this for the areas that have this table.
+        // SAFETY: By the caller's promise.
         let (owner, fault) = unsafe { Self::enter(raw) };
         M::fault(owner, fault).into_raw()
     }
 
+    /// # Safety
+    ///
+    /// As for `enter()`.
     unsafe extern "C" fn huge_fault(
         raw: *mut bindings::vm_fault,
         order: c_uint,
     ) -> bindings::vm_fault_t {
-        // SAFETY: mm calls this for the areas that have this table.
+        // SAFETY: By the caller's promise.
         let (owner, fault) = unsafe { Self::enter(raw) };
         M::huge_fault(owner, fault, order).into_raw()
     }

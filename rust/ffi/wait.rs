@@ -39,7 +39,6 @@ impl Gate {
             }),
             GFP_KERNEL_ACCOUNT,
         )
-        .map_err(Error::from)
     }
 
     /// Lets all who wait, and all who will, go on.

@@ -63,7 +63,8 @@
  * These errors are common to all ioctls:
  *
  *  - EINVAL: the size is below the first published one.
- *  - E2BIG: the struct is longer than the module's and not zero there.
+ *  - E2BIG: the struct is longer than 4096 bytes, or longer than the module's
+ *    and not zero there.
  *  - EOPNOTSUPP: a flag or a mode that the module does not know, or a reserved
  *    field that is not zero.
  *  - EFAULT: the argument, or memory that it points at, cannot be accessed.
