@@ -169,18 +169,18 @@ pub(crate) fn add_current(vm: u64) -> Result<usize> {
 /// Removes those records of `vm` that are among `numbers` and for which `which` holds.
 pub(crate) fn remove(vm: u64, numbers: &[usize], which: impl Fn(&Thread) -> bool) {
     let gone = numbers.iter().filter_map(|&number| {
-        let _rcu = rcu::read_lock();
-        // SAFETY: The table is initialised.
-        let raw = unsafe { bindings::xa_load(table(), number) };
-        let thread = NonNull::new(raw.cast::<Thread>())?;
-        // SAFETY: As in `with_current()`.
-        let t = unsafe { thread.as_ref() };
-        if t.vm != vm || !which(t) {
-            return None;
+        // SAFETY: The table is initialised. Its lock is held from here to the unlock, so what is found
+        // in it stays, and is not freed; erasing needs no memory.
+        unsafe {
+            bindings::xa_lock(table());
+            let found = NonNull::new(bindings::xa_load(table(), number).cast::<Thread>())
+                .filter(|t| t.as_ref().vm == vm && which(t.as_ref()));
+            if found.is_some() {
+                bindings::__xa_erase(table(), number);
+            }
+            bindings::xa_unlock(table());
+            found
         }
-        // SAFETY: The table is initialised. If another record has taken the place meanwhile, it stays.
-        let old = unsafe { c::kdp_xa_cmpxchg(table(), number, raw, null_mut()) };
-        (old == raw).then_some(thread)
     });
     free_all(gone);
 }
