@@ -231,7 +231,9 @@ fn wait<'a>(
     }
     slot.stats.waits().add(1);
     trace::wait(slot.place.id, page, touch.flags);
-    let until = if fault.is_interruptible() {
+    // In the kernel a signal that is not fatal does not end a fault (fault_signal_pending() in
+    // include/linux/sched/signal.h): it would be retried at once, over and over.
+    let until = if fault.is_interruptible() && fault.is_user() {
         Until::Signal
     } else {
         Until::Kill

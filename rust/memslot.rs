@@ -281,6 +281,9 @@ impl Memslot {
     pub(crate) fn set_paging(&self, mode: Mode) -> Result {
         let _changes = self.changes.lock();
         let whole = self.whole()?;
+        if mode != (Mode::On { default: false }) {
+            self.fill_all_zero()?;
+        }
         let mut pages = self.pages.write();
         if pages.mode() == Mode::Removed {
             return Err(ENOENT);
@@ -316,6 +319,25 @@ impl Memslot {
     /// Fills a page that is in the state zero, once.
     pub(crate) fn fill_zero(&self, page: u64) -> Result {
         let _changes = self.changes.lock();
+        self.fill_zero_locked(page)
+    }
+
+    /// Fills all that are: they are going to be present, and the memfd may hold anything there.
+    fn fill_all_zero(&self) -> Result {
+        let mut from = 0;
+        loop {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let next = self.pages.read().next_zero(from);
+            let Some(page) = next else { return Ok(()) };
+            self.fill_zero_locked(page)?;
+            from = page + 1;
+        }
+    }
+
+    /// The caller has `changes`.
+    fn fill_zero_locked(&self, page: u64) -> Result {
         let pages = self.pages.read();
         if pages.state(page) != State::Zero {
             return Ok(());

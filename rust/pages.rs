@@ -27,7 +27,8 @@ use crate::{
         range::{
             self,
             ChunkPart,
-            PageRange, //
+            PageRange,
+            CHUNK_PAGES, //
         },
         touch::State, //
     }, //
@@ -179,6 +180,20 @@ impl Pages {
         let present = Self::words(&self.present, part.chunk);
         let zero = Self::words(&self.zero, part.chunk);
         Ok(bits::clear_both(present, zero, part))
+    }
+
+    /// The first page from `from` on that is in the state zero.
+    pub(crate) fn next_zero(&self, from: u64) -> Option<u64> {
+        let mut page = from;
+        loop {
+            let chunk = self.zero.next((page / CHUNK_PAGES) as usize, usize::MAX)? as u64;
+            page = page.max(chunk * CHUNK_PAGES);
+            let end = (chunk + 1) * CHUNK_PAGES;
+            if let Some(found) = (page..end).find(|&page| self.state(page) == State::Zero) {
+                return Some(found);
+            }
+            page = end;
+        }
     }
 
     /// A page in the state zero has been filled: it is present now.

@@ -39,6 +39,9 @@ impl Threads {
 
     /// Switches exits of the current thread on or off; the errors are those of KDP_VCPU_EXITS.
     pub(crate) fn set_current(&mut self, vm: u64, on: bool) -> Result {
+        if on && !tracepoint::available() {
+            return Err(EOPNOTSUPP);
+        }
         match (kvm::with_current(kvm::Thread::vm), on) {
             (Some(other), _) if other != vm => Err(EBUSY),
             (Some(_), true) | (None, false) => Ok(()),

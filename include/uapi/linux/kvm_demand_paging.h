@@ -243,11 +243,22 @@ struct kdp_memslot_get {
  *
  * OFF: every page becomes present, whatever its state was; all waiters go on;
  * the memslot is mapped as large as its backing allows; the bitmap's memory is
- * given back, and touching a mapping of it gives SIGBUS.
+ * given back, and touching a mapping of it gives SIGBUS. A block of which a
+ * process has touched single pages before stays mapped by single pages there,
+ * until that process maps the memslot anew: mmap(2) with MAP_FIXED over the
+ * old mapping does it at once, while the guest runs.
  *
  * ON: every page becomes absent, unmapped from every process before the call
  * returns. ON_PRESENT: every page becomes present, and can be made absent.
  * Both start with a fresh bitmap, also when paging is on already.
+ *
+ * With OFF and ON_PRESENT, pages in the state zero are filled with zeros first.
+ *
+ * Errors beside the common ones:
+ *
+ *  - ENOMEM: a page in the state zero cannot be filled; nothing but pages in
+ *    the state zero has changed.
+ *  - EINTR: a fatal signal arrived meanwhile; likewise.
  */
 struct kdp_paging {
 	__u32 size;
