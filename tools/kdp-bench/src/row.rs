@@ -1,0 +1,191 @@
+//! A row of the result: one mode, one backing, one pattern, one size.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// What the machine's clock counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Clock {
+    /// Time.
+    Time,
+    /// Instructions, a nanosecond each.
+    Icount,
+}
+
+impl Clock {
+    /// The name used on command lines and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Time => "time",
+            Self::Icount => "icount",
+        }
+    }
+}
+
+/// One object of the JSON array. Every figure is the median over the runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// floor, limit, exit, wait, uffd-missing, uffd-minor; setup: making and mapping a memslot.
+    pub mode: String,
+    /// shmem or hugetlb-2M.
+    pub backing: String,
+    /// random or sequential.
+    pub pattern: String,
+    /// vCPUs.
+    pub vcpus: u64,
+    /// Guest memory in bytes.
+    pub bytes: u64,
+    /// What a microsecond is: time, or 1,000 instructions.
+    pub clock: Clock,
+    /// From the guest's first access to its last, for each page that it visited.
+    pub us_per_page: f64,
+    /// The reciprocal.
+    pub pages_per_s: f64,
+    /// What one access took, as the guest sees it.
+    pub p50_us: f64,
+    /// The same, at worst but for one in a hundred.
+    pub p99_us: f64,
+    /// KVM_RUN returns with KVM_EXIT_MEMORY_FAULT.
+    pub exits: u64,
+    /// Events that a handler read.
+    pub events: u64,
+    /// Pages that the guest visited: userfaultfd on huge pages resolves a whole one by each fault, so there
+    /// it visits one page in each.
+    pub pages: u64,
+    /// Bytes that one fault brings.
+    pub fault_bytes: u64,
+    /// How often it was measured.
+    pub runs: usize,
+    /// The least and the greatest `us_per_page` of those.
+    pub us_per_page_range: [f64; 2],
+    /// Of the mode limit: what it is made of beside the floor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts: Option<Parts>,
+}
+
+/// What `limit` adds to the floor, each in microseconds, the medians of measurements in the same runs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Parts {
+    /// From the guest to the VMM and back, by one write to a port.
+    pub round_trip_us: f64,
+    /// Copying 4 KiB to memory of the backing.
+    pub copy_us: f64,
+}
+
+impl Row {
+    /// Do both describe the same thing?
+    pub fn same_as(&self, other: &Self) -> bool {
+        let key = |row: &Self| {
+            (
+                row.mode.clone(),
+                row.backing.clone(),
+                row.pattern.clone(),
+                row.vcpus,
+                row.bytes,
+                row.clock,
+            )
+        };
+        key(self) == key(other)
+    }
+}
+
+/// The rows of all these files; of two rows for the same thing the later one.
+pub fn load(files: &[PathBuf]) -> Result<Vec<Row>, Error> {
+    let mut rows: Vec<Row> = Vec::new();
+    for file in files {
+        let text = fs::read_to_string(file).map_err(|source| Error::Io {
+            what: format!("read {}", file.display()),
+            source,
+        })?;
+        let more: Vec<Row> = serde_json::from_str(&text).map_err(|source| Error::Json {
+            file: file.display().to_string(),
+            source,
+        })?;
+        for row in more {
+            match rows.iter_mut().find(|old| old.same_as(&row)) {
+                Some(old) => *old = row,
+                None => rows.push(row),
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// Write the rows, one on each line, all or nothing.
+pub fn save(rows: &[Row], file: &Path) -> Result<(), Error> {
+    let io = |source| Error::Io {
+        what: format!("write {}", file.display()),
+        source,
+    };
+    let json = |source| Error::Json {
+        file: file.display().to_string(),
+        source,
+    };
+    let lines: Result<Vec<String>, _> = rows.iter().map(serde_json::to_string).collect();
+    let text = format!("[\n{}\n]\n", lines.map_err(json)?.join(",\n"));
+    if let Some(dir) = file.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        fs::create_dir_all(dir).map_err(io)?;
+    }
+    let part = file.with_extension("part");
+    fs::write(&part, text).map_err(io)?;
+    fs::rename(&part, file).map_err(io)
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    pub fn row(mode: &str, clock: Clock, us: f64) -> Row {
+        Row {
+            mode: mode.into(),
+            backing: "shmem".into(),
+            pattern: "random".into(),
+            vcpus: 1,
+            bytes: 16 << 20,
+            clock,
+            us_per_page: us,
+            pages_per_s: 1e6 / us,
+            p50_us: us,
+            p99_us: us,
+            exits: 0,
+            events: 0,
+            pages: 4096,
+            fault_bytes: 4096,
+            runs: 1,
+            us_per_page_range: [us, us],
+            parts: None,
+        }
+    }
+
+    #[test]
+    fn files_are_merged_and_the_later_one_counts() {
+        let dir = std::env::temp_dir().join(format!("kdp-bench-test-{}", std::process::id()));
+        let (a, b) = (dir.join("a.json"), dir.join("b.json"));
+        let (time, icount) = (Clock::Time, Clock::Icount);
+        save(&[row("exit", time, 100.0), row("wait", time, 200.0)], &a).unwrap();
+        save(&[row("exit", icount, 12.5), row("wait", time, 150.0)], &b).unwrap();
+        let rows = load(&[a, b]).unwrap();
+        fs::remove_dir_all(dir).unwrap();
+        let expected = [
+            row("exit", time, 100.0),
+            row("wait", time, 150.0),
+            row("exit", icount, 12.5),
+        ];
+        assert_eq!(rows, expected);
+    }
+
+    #[test]
+    fn a_file_that_is_no_result_is_named() {
+        let file = std::env::temp_dir().join(format!("kdp-bench-bad-{}", std::process::id()));
+        fs::write(&file, "{}").unwrap();
+        let error = load(&[file.clone()]).unwrap_err().to_string();
+        fs::remove_file(&file).unwrap();
+        assert!(error.starts_with(&file.display().to_string()), "{error}");
+    }
+}

@@ -1,0 +1,242 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use kdp_vmm::session::{Config, Pattern};
+use kdp_vmm::{Backing, Mode, MIN_GPA, PAGE_SIZE};
+use kvm_demand_paging::source::Location;
+
+/// Run a tiny KVM guest in memory that is paged in on demand, and verify what it saw.
+#[derive(Parser)]
+#[command(version, about, long_about = None)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run a guest whose memory is elsewhere, and verify its memory's checksum
+    ///
+    /// The guest visits every page of its memory once, reads it and computes a checksum. The same checksum
+    /// is computed on the host from the source. The exit status is 0 if both agree and the memory is, byte
+    /// for byte, what it should be; 1 if not; 2 if the guest could not be run.
+    Run(RunArgs),
+
+    /// Write a file of known content, for --source or for 'kdp serve'
+    Image {
+        /// The file to write
+        file: PathBuf,
+        /// Its size in bytes; K, M and G may follow
+        #[arg(long, value_parser = parse_size, default_value = "64M")]
+        memory: u64,
+        /// Another seed gives other content
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+
+    /// Run a guest whose kvmclock is in memory that is elsewhere
+    ///
+    /// KVM itself writes to that page: such an access never exits, it waits. The exit status is 0 if the clock
+    /// works, 1 if not, 2 if the guest could not be run.
+    Clock {
+        /// How guest memory is filled
+        #[arg(long, value_enum, default_value_t = ModeArg::Exit)]
+        mode: ModeArg,
+        /// What guest memory is made of
+        #[arg(long, value_enum, default_value_t = BackingArg::Shmem)]
+        backing: BackingArg,
+        /// The page of guest memory that holds the clock, of 512
+        #[arg(long, default_value_t = 7, value_name = "PAGE")]
+        page: u64,
+    },
+
+    /// Write the man pages
+    #[command(hide = true)]
+    Man {
+        /// The folder to write them to
+        dir: PathBuf,
+    },
+}
+
+#[derive(ClapArgs)]
+pub struct RunArgs {
+    /// How guest memory is filled
+    #[arg(long, value_enum, default_value_t = ModeArg::Exit)]
+    mode: ModeArg,
+
+    /// What guest memory is made of
+    #[arg(long, value_enum, default_value_t = BackingArg::Shmem)]
+    backing: BackingArg,
+
+    /// Guest memory in bytes; K, M and G may follow
+    #[arg(long, value_parser = parse_size, default_value = "64M", value_name = "SIZE")]
+    pub memory: u64,
+
+    /// vCPUs; each visits its own share of the pages
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    vcpus: u64,
+
+    /// The order in which each vCPU visits its pages
+    #[arg(long, value_enum, default_value_t = PatternArg::Random)]
+    pattern: PatternArg,
+
+    /// Write a word to each page, too
+    #[arg(long)]
+    write: bool,
+
+    /// Where the contents are: tcp:HOST:PORT or unix:PATH (see 'kdp serve'), or file:PATH[@OFFSET]; without
+    /// this, the contents are made in this process
+    #[arg(long, value_name = "SOURCE")]
+    pub source: Option<Location>,
+
+    /// Another seed gives another order, and other content where it is made here
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+
+    /// Visit all pages this many times; only the first round pages them in
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    rounds: u64,
+
+    /// Where the guest has the memory: a guest physical address
+    #[arg(long, value_parser = parse_size, default_value_t = MIN_GPA, value_name = "GPA")]
+    gpa: u64,
+
+    /// Seconds that the guest may take
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    timeout: u64,
+
+    /// Print JSON, not a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl RunArgs {
+    pub fn config(&self) -> Config {
+        Config {
+            mode: self.mode.into(),
+            backing: self.backing.into(),
+            bytes: self.memory,
+            vcpus: self.vcpus,
+            pattern: self.pattern.into(),
+            seed: self.seed,
+            write: self.write,
+            rounds: self.rounds,
+            gpa: self.gpa,
+            timeout: Duration::from_secs(self.timeout),
+            ..Config::default()
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ModeArg {
+    /// The device, with fault exits: KVM_RUN returns, the vCPU's thread gets the page
+    Exit,
+    /// The device, without exits: a handler thread reads events
+    Wait,
+    /// Everything is in place before the guest starts
+    Floor,
+    /// userfaultfd, UFFDIO_COPY
+    UffdMissing,
+    /// userfaultfd, UFFDIO_CONTINUE
+    UffdMinor,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Self {
+        match mode {
+            ModeArg::Exit => Self::Exit,
+            ModeArg::Wait => Self::Wait,
+            ModeArg::Floor => Self::Floor,
+            ModeArg::UffdMissing => Self::UffdMissing,
+            ModeArg::UffdMinor => Self::UffdMinor,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum BackingArg {
+    /// 4 KiB pages
+    Shmem,
+    /// 2 MiB hugetlb pages; reserve them in /proc/sys/vm/nr_hugepages
+    #[value(name = "hugetlb-2M")]
+    Huge2M,
+    /// 1 GiB hugetlb pages; reserve them on the kernel's command line
+    #[value(name = "hugetlb-1G")]
+    Huge1G,
+}
+
+impl From<BackingArg> for Backing {
+    fn from(backing: BackingArg) -> Self {
+        match backing {
+            BackingArg::Shmem => Self::Shmem,
+            BackingArg::Huge2M => Self::Huge2M,
+            BackingArg::Huge1G => Self::Huge1G,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PatternArg {
+    /// Shuffled, the same with the same seed
+    Random,
+    /// From the first page to the last
+    Sequential,
+}
+
+impl From<PatternArg> for Pattern {
+    fn from(pattern: PatternArg) -> Self {
+        match pattern {
+            PatternArg::Random => Self::Random,
+            PatternArg::Sequential => Self::Sequential,
+        }
+    }
+}
+
+/// A number of bytes: decimal or 0x…, with K, M or G for the powers of 1024; a multiple of a page.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, factor) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 1 << 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 1 << 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 1 << 30),
+        _ => (text, 1_u64),
+    };
+    let number = match digits.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => digits.parse(),
+    };
+    let bytes = number
+        .map_err(|_| "a size is a number of bytes such as 4096, 64M or 0x40000000".to_owned())?
+        .checked_mul(factor)
+        .ok_or_else(|| "more than 2^64 bytes".to_owned())?;
+    if bytes == 0 || bytes % PAGE_SIZE != 0 {
+        return Err(format!(
+            "it must be a multiple of {PAGE_SIZE} bytes and not 0"
+        ));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("64M"), Ok(64 << 20));
+        assert_eq!(parse_size("0x40000000"), Ok(1 << 30));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "M", "0", "4097", "64X", "99999999999G", "-4096"] {
+            assert!(parse_size(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+}

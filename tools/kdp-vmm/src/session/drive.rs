@@ -1,0 +1,123 @@
+//! The threads of a session: one for each vCPU, one for the handler.
+
+use std::collections::BTreeSet;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::paging::{Pager, Stopper};
+use crate::vcpu::{Stop, Vcpu};
+
+/// What one vCPU did.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Its number.
+    pub vcpu: u64,
+    /// When all vCPUs had come to [`PORT_START`](crate::PORT_START).
+    pub started: Instant,
+    /// What its program reported, and when.
+    pub reports: Vec<(Instant, u64)>,
+    /// How often its program wrote to [`PORT_TICK`](crate::PORT_TICK).
+    pub ticks: u64,
+    /// KVM_RUN returns with KVM_EXIT_MEMORY_FAULT.
+    pub exits: u64,
+    /// When its program ended.
+    pub ended: Instant,
+}
+
+enum Message {
+    Vcpu(u64, Result<Outcome>),
+    HandlerFailed(Error),
+}
+
+/// Run every vCPU, and the pager's handler, on a thread of its own until all programs have ended. The
+/// outcomes are in the order of the vCPUs' numbers.
+///
+/// Every program must write to [`PORT_START`](crate::PORT_START) once: they all wait there for each other.
+///
+/// After an error threads may stay behind that wait for pages for ever: end the process then.
+pub fn drive(vcpus: Vec<Vcpu>, pager: &Arc<dyn Pager>, timeout: Duration) -> Result<Vec<Outcome>> {
+    let (sender, receiver) = mpsc::channel();
+    let stopper = Arc::new(Stopper::new()?);
+    let handler = pager.clone().handler().map(|work| {
+        let (stopper, sender) = (stopper.clone(), sender.clone());
+        thread::spawn(move || {
+            if let Err(e) = work(&stopper) {
+                // Nobody listens any more when the session has failed for another reason.
+                let _ = sender.send(Message::HandlerFailed(e));
+            }
+        })
+    });
+    let barrier = Arc::new(Barrier::new(vcpus.len()));
+    let mut running: BTreeSet<u64> = vcpus.iter().map(Vcpu::number).collect();
+    for vcpu in vcpus {
+        let (pager, barrier, sender) = (pager.clone(), barrier.clone(), sender.clone());
+        thread::spawn(move || {
+            let number = vcpu.number();
+            let outcome = run_vcpu(vcpu, pager.as_ref(), &barrier);
+            let _ = sender.send(Message::Vcpu(number, outcome));
+        });
+    }
+    let deadline = Instant::now() + timeout;
+    let mut outcomes = Vec::new();
+    while !running.is_empty() {
+        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Message::Vcpu(number, outcome)) => {
+                running.remove(&number);
+                outcomes.push(outcome?);
+            }
+            Ok(Message::HandlerFailed(e)) => return Err(e),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                return Err(Error::TimedOut {
+                    seconds: timeout.as_secs(),
+                    waiting: format!(
+                        "vCPUs {running:?} still run; {} pages were fetched",
+                        pager.counters().fetched()
+                    ),
+                })
+            }
+        }
+    }
+    stopper.stop()?;
+    if let Some(handler) = handler {
+        handler
+            .join()
+            .map_err(|_| Error::invalid("the handler thread panicked"))?;
+    }
+    outcomes.sort_by_key(|outcome| outcome.vcpu);
+    Ok(outcomes)
+}
+
+fn run_vcpu(mut vcpu: Vcpu, pager: &dyn Pager, barrier: &Barrier) -> Result<Outcome> {
+    pager.enter_vcpu_thread()?;
+    let now = Instant::now();
+    let mut outcome = Outcome {
+        vcpu: vcpu.number(),
+        started: now,
+        reports: Vec::new(),
+        ticks: 0,
+        exits: 0,
+        ended: now,
+    };
+    loop {
+        match vcpu.run()? {
+            Stop::Fault(fault) => {
+                outcome.exits += 1;
+                pager.resolve(&fault)?;
+            }
+            Stop::Echo | Stop::Interrupted => {}
+            Stop::Tick(_) => outcome.ticks += 1,
+            Stop::Start => {
+                barrier.wait();
+                outcome.started = Instant::now();
+            }
+            Stop::Report(value) => outcome.reports.push((Instant::now(), value)),
+            Stop::Halted => {
+                outcome.ended = Instant::now();
+                return Ok(outcome);
+            }
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! A session: one guest, run once over memory of a chosen mode, measured and verified.
+
+mod clock;
+mod drive;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_demand_paging::Backing;
+
+pub use self::clock::{run_clock, ClockOutcome};
+pub use self::drive::{drive, Outcome};
+use crate::error::{Error, Result};
+use crate::guest::{Order, Touch};
+use crate::machine::{Machine, MAX_GPA, MAX_VCPUS, MIN_GPA, SCRATCH_GPA};
+use crate::memory::{backing_name, PAGE_SIZE};
+use crate::paging::{self, Mode, Pager};
+use crate::source::Source;
+use crate::verify;
+
+/// The order in which each vCPU visits its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pattern {
+    /// Shuffled.
+    Random,
+    /// From the first to the last.
+    Sequential,
+}
+
+impl Pattern {
+    /// The name used on command lines and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::Sequential => "sequential",
+        }
+    }
+
+    /// This order of `count` pages.
+    pub fn order(self, count: u64, seed: u64) -> Order {
+        match self {
+            Self::Random => Order::random(count, seed),
+            Self::Sequential => Order::sequential(count),
+        }
+    }
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// How memory is filled.
+    pub mode: Mode,
+    /// What it is made of.
+    pub backing: Backing,
+    /// Guest memory in bytes.
+    pub bytes: u64,
+    /// vCPUs; each visits its own share of the pages.
+    pub vcpus: u64,
+    /// In which order.
+    pub pattern: Pattern,
+    /// Which shuffle.
+    pub seed: u64,
+    /// Write to every page, too.
+    pub write: bool,
+    /// Read every word of each page, not just the first.
+    pub whole_pages: bool,
+    /// Visit only every so many pages.
+    pub stride: u64,
+    /// Rounds over all pages: the first one pages them in.
+    pub rounds: u64,
+    /// Where the guest has the memory.
+    pub gpa: u64,
+    /// Measure the latency of each first access, by the guest's TSC.
+    pub samples: bool,
+    /// How long the guest may take.
+    pub timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Exit,
+            backing: Backing::Shmem,
+            bytes: 64 << 20,
+            vcpus: 1,
+            pattern: Pattern::Random,
+            seed: 1,
+            write: false,
+            whole_pages: true,
+            stride: 1,
+            rounds: 1,
+            gpa: MIN_GPA,
+            samples: true,
+            timeout: Duration::from_secs(600),
+        }
+    }
+}
+
+impl Config {
+    fn check(&self, source: &dyn Source) -> Result<()> {
+        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
+            return Err(Error::invalid(format!(
+                "{} vCPUs: take 1 to {MAX_VCPUS}",
+                self.vcpus
+            )));
+        }
+        let unit = self.backing.page_size();
+        if self.bytes == 0 || self.bytes % unit != 0 {
+            return Err(Error::invalid(format!(
+                "{} bytes of memory on {}: it must be a multiple of {unit} and not 0",
+                self.bytes,
+                backing_name(self.backing)
+            )));
+        }
+        if self.gpa.saturating_add(self.bytes) > MAX_GPA {
+            return Err(Error::invalid(format!(
+                "{} bytes of memory at {:#x}: the guest can address {MAX_GPA} bytes",
+                self.bytes, self.gpa
+            )));
+        }
+        if self.stride == 0 || self.pages_visited() / self.vcpus == 0 {
+            return Err(Error::invalid(format!(
+                "{} pages, of which every {}th is visited, are too few for {} vCPUs",
+                self.bytes / PAGE_SIZE,
+                self.stride,
+                self.vcpus
+            )));
+        }
+        if source.pages() < self.bytes / PAGE_SIZE {
+            return Err(Error::invalid(format!(
+                "the source has {} pages, fewer than the {} of guest memory",
+                source.pages(),
+                self.bytes / PAGE_SIZE
+            )));
+        }
+        Ok(())
+    }
+
+    fn pages_visited(&self) -> u64 {
+        (self.bytes / PAGE_SIZE)
+            .checked_div(self.stride)
+            .unwrap_or(0)
+    }
+
+    /// The work of one vCPU: a contiguous share of the pages, the last one's with the remainder.
+    fn touch(&self, vcpu: u64) -> Touch {
+        let visited = self.pages_visited();
+        let share = visited / self.vcpus;
+        let first = vcpu * share;
+        let count = if vcpu + 1 == self.vcpus {
+            visited - first
+        } else {
+            share
+        };
+        let mut touch = Touch::new(self.gpa, self.pattern.order(count, self.seed + vcpu))
+            .first(first * self.stride)
+            .stride(self.stride)
+            .rounds(self.rounds);
+        if self.write {
+            touch = touch.write(self.seed);
+        }
+        if self.whole_pages {
+            touch = touch.hash();
+        }
+        touch
+    }
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Pages that the guest visited in each round.
+    pub visited: u64,
+    /// The first round's time.
+    pub elapsed: Duration,
+    /// Later rounds' times: everything is there.
+    pub later: Vec<Duration>,
+    /// KVM_RUN returns with KVM_EXIT_MEMORY_FAULT.
+    pub exits: u64,
+    /// Events that a handler thread read.
+    pub events: u64,
+    /// Faults' worth of memory fetched, in units of [`Mode::fault_bytes`].
+    pub fetched: u64,
+    /// Latencies of the first round's first accesses in microseconds, sorted; empty without samples.
+    pub latencies: Vec<f64>,
+    /// What the guest computed in each round.
+    pub checksums: Vec<u64>,
+    /// What it should have been.
+    pub expected: u64,
+    /// Is guest memory, seen from the host, what it should be now?
+    pub memory_ok: bool,
+}
+
+impl Report {
+    /// Did the guest see the source's contents, and nothing else, in every round?
+    pub fn correct(&self) -> bool {
+        self.memory_ok && self.checksums.iter().all(|&sum| sum == self.expected)
+    }
+
+    /// Microseconds for each visited page.
+    pub fn us_per_page(&self) -> f64 {
+        self.elapsed.as_secs_f64() * 1e6 / self.visited as f64
+    }
+
+    /// The latency that this part of the accesses stayed below or at, in microseconds.
+    pub fn latency(&self, quantile: f64) -> Option<f64> {
+        let last = self.latencies.len().checked_sub(1)?;
+        self.latencies
+            .get((last as f64 * quantile).round() as usize)
+            .copied()
+    }
+}
+
+/// Run a guest over memory whose contents are in `source`.
+///
+/// If this fails while the guest runs, threads may stay behind that wait for pages for ever: end the
+/// process then.
+pub fn run(config: &Config, source: Arc<dyn Source>) -> Result<Report> {
+    config.check(source.as_ref())?;
+    let pager = paging::pager(
+        config.mode,
+        config.backing,
+        config.bytes,
+        config.gpa,
+        source.clone(),
+    )?;
+    let touches: Vec<Touch> = (0..config.vcpus).map(|n| config.touch(n)).collect();
+    let mut scratch = SCRATCH_GPA;
+    let samples: Vec<u64> = touches
+        .iter()
+        .map(|touch| {
+            let at = scratch;
+            scratch += (touch.count() * 4).next_multiple_of(PAGE_SIZE);
+            at
+        })
+        .collect();
+    let machine = Machine::new(scratch - SCRATCH_GPA)?;
+    machine.map(config.gpa, pager.guest())?;
+    let mut vcpus = Vec::new();
+    for ((n, touch), &at) in (0..).zip(&touches).zip(&samples) {
+        let touch = touch.clone().samples(if config.samples { at } else { 0 });
+        vcpus.push(machine.vcpu(n, &touch.program())?);
+    }
+    let khz = vcpus[0].tsc_khz()?;
+
+    let outcomes = drive(vcpus, &pager, config.timeout)?;
+
+    let mut latencies = Vec::new();
+    if config.samples {
+        for (touch, &at) in touches.iter().zip(&samples) {
+            let mut raw = vec![0; (touch.count() * 4) as usize];
+            machine.read_low(at, &mut raw)?;
+            let ticks = raw.chunks_exact(4).map(|t| {
+                let mut ticks = [0; 4];
+                ticks.copy_from_slice(t);
+                f64::from(u32::from_le_bytes(ticks))
+            });
+            latencies.extend(ticks.map(|t| t * 1e3 / f64::from(khz)));
+        }
+        latencies.sort_by(f64::total_cmp);
+    }
+    let verdict = verify::verify(&touches, source.as_ref(), pager.alias())?;
+    Ok(report(
+        config,
+        pager.as_ref(),
+        &outcomes,
+        latencies,
+        &verdict,
+    ))
+}
+
+fn report(
+    config: &Config,
+    pager: &dyn Pager,
+    outcomes: &[Outcome],
+    latencies: Vec<f64>,
+    verdict: &verify::Verdict,
+) -> Report {
+    let rounds = config.rounds.max(1) as usize;
+    let ends: Vec<Instant> = (0..rounds)
+        .filter_map(|round| outcomes.iter().map(|o| o.reports[round].0).max())
+        .collect();
+    let started = outcomes.iter().map(|o| o.started).min();
+    Report {
+        visited: config.pages_visited(),
+        elapsed: started.map_or(Duration::ZERO, |started| ends[0] - started),
+        later: ends.windows(2).map(|pair| pair[1] - pair[0]).collect(),
+        exits: outcomes.iter().map(|o| o.exits).sum(),
+        events: pager.counters().events(),
+        fetched: pager.counters().fetched(),
+        latencies,
+        checksums: (0..rounds)
+            .map(|round| {
+                let sums = outcomes.iter().map(|o| o.reports[round].1);
+                sums.fold(0, u64::wrapping_add)
+            })
+            .collect(),
+        expected: verdict.checksum,
+        memory_ok: verdict.memory_ok,
+    }
+}

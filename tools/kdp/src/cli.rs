@@ -1,0 +1,232 @@
+//! The command line.
+
+use crate::units;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use kvm_demand_paging::{
+    source::{Address, Location},
+    Backing,
+};
+use std::path::PathBuf;
+
+const EXIT_STATUS: &str = "Exit status:
+  0  it did what was asked, or was ended by SIGTERM or SIGINT
+  1  it could not go on: the one line on standard error says why
+  2  the command line is wrong
+
+SIGUSR1 makes 'serve' and 'handle' print what they have counted until then.";
+
+/// Demand paging for KVM guests: serve pages, handle the faults of a VM, show its counters.
+#[derive(Parser)]
+#[command(name = "kdp", version, after_help = EXIT_STATUS, after_long_help = EXIT_STATUS)]
+pub struct Cli {
+    /// Say more on standard error: -v what happens, -vv details
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    Serve(ServeArgs),
+    // Larger than the others by far.
+    Handle(Box<HandleArgs>),
+    Keep(KeepArgs),
+    Kept(KeptArgs),
+    Stat(StatArgs),
+    #[command(hide = true)]
+    Man(ManArgs),
+}
+
+/// Serve the pages of a file, such as the RAM of a snapshot, to handlers elsewhere
+///
+/// Any number of clients may be connected. Nothing is encrypted and nobody is authenticated: use it on a
+/// network of your own, or through a tunnel.
+#[derive(Args)]
+pub struct ServeArgs {
+    /// Where to listen: HOST:PORT (port 0: any free one) or unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Address,
+    /// Write this file when clients can connect; it holds the PID
+    #[arg(long, value_name = "PATH")]
+    pub ready_file: Option<PathBuf>,
+    /// Print what was counted as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The file, and where in it page 0 is, in bytes
+    #[arg(value_name = "FILE[@OFFSET]")]
+    pub file: String,
+}
+
+/// Handle the faults of a VM: fetch the pages that are touched from a source and place them
+///
+/// The VM is had in one of four ways: it is handed over by the VMM through a socket (--listen-fd), inherited
+/// (--fd), made here with one memslot that has a path under /dev/kdp (--create), or taken over from a keeper
+/// after another handler has died (--from-keeper).
+///
+/// It ends at SIGTERM or SIGINT, when the process that handed the VM over has ended, or when the process of
+/// --until-pid has ended. Pages that are absent then are lost to their guest, unless a keeper keeps the VM.
+#[derive(Args)]
+#[command(group = ArgGroup::new("subject").required(true).args(["listen_fd", "fd", "create", "from_keeper"]))]
+#[command(group = ArgGroup::new("backing").args(["hugetlb", "shmem"]))]
+pub struct HandleArgs {
+    /// Wait at this socket until the VMM hands its VM over
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
+    pub listen_fd: Option<PathBuf>,
+    /// The VM is this inherited file descriptor
+    #[arg(long, value_name = "N")]
+    pub fd: Option<u32>,
+    /// Make a VM with one memslot, /dev/kdp/NAME, for a VMM that takes a path
+    #[arg(long, value_name = "NAME", requires = "size", requires = "backing")]
+    pub create: Option<String>,
+    /// Take the VM from the keeper at this socket
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
+    pub from_keeper: Option<PathBuf>,
+
+    /// The size of the memslot that is made, in bytes (K, M, G)
+    #[arg(long, value_name = "BYTES", value_parser = units::bytes, requires = "create")]
+    pub size: Option<u64>,
+    /// Make the memslot of hugetlb pages of this size
+    #[arg(long, value_name = "SIZE", requires = "create")]
+    pub hugetlb: Option<HugeSize>,
+    /// Make the memslot of shmem
+    #[arg(long, requires = "create")]
+    pub shmem: bool,
+    /// Where in the source the memslot begins that is made, in bytes
+    #[arg(long, value_name = "BYTES", value_parser = units::bytes, default_value = "0", requires = "create")]
+    pub offset: u64,
+    /// Where in the source a memslot begins, in bytes; without it, at its guest physical address
+    #[arg(long, value_name = "SLOT:OFFSET", value_parser = units::layout, conflicts_with = "create")]
+    pub slot: Vec<(u32, u64)>,
+
+    /// Where the pages are: tcp:HOST:PORT, unix:PATH or file:PATH[@OFFSET]
+    #[arg(long, value_name = "SOURCE")]
+    pub source: Location,
+    /// Fetch the pages that nobody touches, too
+    #[arg(long)]
+    pub background: bool,
+    /// The most bytes a second that are asked for in the background (K, M, G)
+    #[arg(long, value_name = "BYTES", value_parser = units::bytes, requires = "background")]
+    pub bandwidth: Option<u64>,
+
+    /// Give the VM to the keeper at this socket, so that another handler can go on after this one
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix, conflicts_with = "from_keeper")]
+    pub keeper: Option<PathBuf>,
+    /// The VM's name at the keeper
+    #[arg(long, value_name = "NAME", default_value = "vm")]
+    pub vm: String,
+    /// End when this process has ended
+    #[arg(long, value_name = "PID")]
+    pub until_pid: Option<i32>,
+
+    /// Write this file when faults are handled (with --listen-fd: when the VM can be handed over)
+    #[arg(long, value_name = "PATH")]
+    pub ready_file: Option<PathBuf>,
+    /// Write the report to this file, as JSON, at the end and with each report in between
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Report every so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub report: Option<u64>,
+}
+
+/// Keep VMs over the death of their handlers
+///
+/// A handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next handler takes it
+/// with 'kdp handle --from-keeper'. What a VMM gave is let go when the VMM has ended; what a handler gave,
+/// with 'kdp kept --release'.
+#[derive(Args)]
+pub struct KeepArgs {
+    /// Where to listen
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
+    pub listen: PathBuf,
+    /// Write this file when VMs can be given; it holds the PID
+    #[arg(long, value_name = "PATH")]
+    pub ready_file: Option<PathBuf>,
+}
+
+/// List the VMs that a keeper keeps, or make it let go of one
+#[derive(Args)]
+pub struct KeptArgs {
+    /// The keeper's socket
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
+    pub at: PathBuf,
+    /// Let go of the VM of this name
+    #[arg(long, value_name = "NAME")]
+    pub release: Option<String>,
+}
+
+/// Show the VMs and memslots of all processes, or of one, with their counters
+#[derive(Args)]
+pub struct StatArgs {
+    /// Only those of this process
+    pub pid: Option<u32>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Print again every so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub watch: Option<u64>,
+    /// Where /proc is
+    #[arg(long, value_name = "DIR", default_value = "/proc", hide = true)]
+    pub proc: PathBuf,
+}
+
+/// Write the man pages into a folder
+#[derive(Args)]
+pub struct ManArgs {
+    /// The folder
+    pub dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum HugeSize {
+    #[value(name = "2M")]
+    Huge2M,
+    #[value(name = "1G")]
+    Huge1G,
+}
+
+impl From<HugeSize> for Backing {
+    fn from(size: HugeSize) -> Self {
+        match size {
+            HugeSize::Huge2M => Self::Huge2M,
+            HugeSize::Huge1G => Self::Huge1G,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_vm_is_had_in_one_way() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map(drop);
+        for good in [
+            "kdp handle --fd 5 --source tcp:h:1",
+            "kdp handle --create ram --size 64M --hugetlb 2M --source file:ram --background --bandwidth 8M",
+            "kdp handle --from-keeper unix:/k --source unix:/s --slot 0:0 --slot 1:2G",
+        ] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "kdp handle --source tcp:h:1",
+            "kdp handle --fd 5 --listen-fd unix:/x --source tcp:h:1",
+            "kdp handle --create ram --size 64M --source tcp:h:1",
+            "kdp handle --create ram --shmem --source tcp:h:1",
+            "kdp handle --create ram --size 64M --shmem --hugetlb 2M --source tcp:h:1",
+            "kdp handle --fd 5 --shmem --source tcp:h:1",
+            "kdp handle --fd 5 --source h:1",
+            "kdp handle --fd 5 --source tcp:h:1 --bandwidth 5M",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The `kdp` command: thin over the library, one file for each of its subcommands.
+
+mod cli;
+mod failure;
+mod fdinfo;
+mod handle;
+mod keep;
+mod man;
+mod ready;
+mod serve;
+mod signals;
+mod stat;
+mod units;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use std::{io, process::ExitCode};
+use tracing::level_filters::LevelFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match cli.verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
+
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Handle(args) => handle::run(&args),
+        Command::Keep(args) => keep::run(&args),
+        Command::Kept(args) => keep::kept(&args),
+        Command::Stat(args) => stat::run(&args),
+        Command::Man(args) => man::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("kdp: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! The memory itself: a memfd of shmem or hugetlb pages.
+
+use crate::{
+    map::{huge_align, AliasMap, Mapping},
+    Error, PageRange, Result, PAGE_SIZE,
+};
+use rustix::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
+    fs::{
+        fallocate, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate, memfd_create,
+        FallocateFlags, MemfdFlags, SealFlags,
+    },
+    io::Errno,
+};
+
+/// The seals of a memfd, as fcntl(2) has them.
+pub use rustix::fs::SealFlags as Seals;
+
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// What pages a memfd is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// shmem: pages of 4 KiB, swappable until they are pinned.
+    Shmem,
+    /// hugetlb pages of 2 MiB.
+    Huge2M,
+    /// hugetlb pages of 1 GiB.
+    Huge1G,
+}
+
+impl Backing {
+    /// The page size of the backing, in bytes.
+    pub const fn page_size(self) -> u64 {
+        match self {
+            Self::Shmem => PAGE_SIZE as u64,
+            Self::Huge2M => 2 << 20,
+            Self::Huge1G => 1 << 30,
+        }
+    }
+
+    fn flags(self) -> MemfdFlags {
+        match self {
+            Self::Shmem => MemfdFlags::empty(),
+            Self::Huge2M => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            Self::Huge1G => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+        }
+    }
+}
+
+/// A memfd.
+#[derive(Debug)]
+pub struct Memfd {
+    fd: OwnedFd,
+    size: u64,
+    page_size: u64,
+}
+
+impl Memfd {
+    /// Create a memfd of `size` bytes, sealed against shrinking, as memslots demand it.
+    ///
+    /// `name` shows in /proc/PID/maps and need not be unique. `size` must be a multiple of the backing's
+    /// page size. No memory is allocated; hugetlb pages are reserved when it is mapped.
+    pub fn create(name: &str, backing: Backing, size: u64) -> Result<Self> {
+        if size == 0 || size % backing.page_size() != 0 {
+            return Err(Error::Argument(format!(
+                "a memfd of {size} bytes: its size must be a multiple of its page size, {} bytes, and not 0",
+                backing.page_size()
+            )));
+        }
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | backing.flags();
+        let fd = memfd_create(name, flags).map_err(|errno| {
+            let hint = matches!(errno, Errno::NODEV | Errno::INVAL | Errno::NOENT).then(|| {
+                format!(
+                    "this kernel has no hugetlb pages of {} bytes",
+                    backing.page_size()
+                )
+            });
+            Error::sys("memfd_create", format!("{name}, {backing:?}"), errno).advise(hint)
+        })?;
+        ftruncate(&fd, size).map_err(|errno| {
+            Error::sys("ftruncate", format!("memfd {name}, {size} bytes"), errno)
+        })?;
+        let memfd = Self {
+            fd,
+            size,
+            page_size: backing.page_size(),
+        };
+        memfd.add_seals(SealFlags::SHRINK)?;
+        Ok(memfd)
+    }
+
+    /// Take over a memfd that somebody else created.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let stat = fstat(&fd).map_err(|errno| Error::sys("fstat", "memfd", errno))?;
+        let fs = fstatfs(&fd).map_err(|errno| Error::sys("fstatfs", "memfd", errno))?;
+        let page_size = match fs.f_type as u64 {
+            HUGETLBFS_MAGIC => fs.f_bsize as u64,
+            _ => PAGE_SIZE as u64,
+        };
+        Ok(Self {
+            fd,
+            size: stat.st_size as u64,
+            page_size,
+        })
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The size of its pages in bytes: 4096 for shmem, the huge page's for hugetlb.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Its seals.
+    pub fn seals(&self) -> Result<Seals> {
+        fcntl_get_seals(&self.fd).map_err(|errno| Error::sys("F_GET_SEALS", "memfd", errno))
+    }
+
+    /// Add seals, for ever.
+    pub fn add_seals(&self, seals: Seals) -> Result<()> {
+        fcntl_add_seals(&self.fd, seals)
+            .map_err(|errno| Error::sys("F_ADD_SEALS", format!("memfd, {seals:?}"), errno))
+    }
+
+    /// Map `len` bytes from `offset`, at the memfd's own page size. Both must be multiples of that.
+    pub fn map(&self, offset: u64, len: u64) -> Result<AliasMap> {
+        let argument = || format!("memfd, offset {offset}, {len} bytes");
+        let fits = offset.checked_add(len).is_some_and(|end| end <= self.size);
+        if len == 0 || !fits || offset % self.page_size != 0 || len % self.page_size != 0 {
+            return Err(Error::Argument(format!(
+                "mapping {}: offset and length must be multiples of the page size, {} bytes, and inside the memfd's {} bytes",
+                argument(),
+                self.page_size,
+                self.size
+            )));
+        }
+        let align = huge_align(len as usize).max(self.page_size as usize);
+        Mapping::file(self.fd.as_fd(), offset, len as usize, align)
+            .map(AliasMap)
+            .map_err(|errno| {
+                Error::sys("mmap", argument(), errno).advise(self.mmap_hint(errno, len))
+            })
+    }
+
+    /// Map all of it.
+    pub fn map_all(&self) -> Result<AliasMap> {
+        self.map(0, self.size)
+    }
+
+    fn mmap_hint(&self, errno: Errno, len: u64) -> Option<String> {
+        (errno == Errno::NOMEM && self.page_size > PAGE_SIZE as u64).then(|| {
+            let kib = self.page_size >> 10;
+            format!(
+                "{} more free hugetlb pages of {kib} KiB are needed: add them to \
+                 /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages",
+                len / self.page_size
+            )
+        })
+    }
+
+    /// Give the memory of `range` (in pages of 4096 bytes from the memfd's start) back. It reads as zeros
+    /// afterwards. Of a memslot, do this with absent pages only.
+    pub fn punch_hole(&self, range: PageRange) -> Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let (offset, len) = (
+            range.first * PAGE_SIZE as u64,
+            range.count * PAGE_SIZE as u64,
+        );
+        fallocate(&self.fd, flags, offset, len).map_err(|errno| {
+            Error::sys(
+                "fallocate",
+                format!("PUNCH_HOLE, offset {offset}, {len} bytes"),
+                errno,
+            )
+        })
+    }
+}
+
+impl AsFd for Memfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<Memfd> for OwnedFd {
+    fn from(memfd: Memfd) -> Self {
+        memfd.fd
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shmem_is_sealed_and_sized() {
+        let memfd = Memfd::create("test", Backing::Shmem, 1 << 20).unwrap();
+        assert!(memfd.seals().unwrap().contains(Seals::SHRINK));
+        assert_eq!(ftruncate(&memfd, 4096), Err(Errno::PERM));
+        let again = Memfd::from_fd(memfd.into()).unwrap();
+        assert_eq!((again.size(), again.page_size()), (1 << 20, 4096));
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        for (backing, size) in [
+            (Backing::Shmem, 0),
+            (Backing::Shmem, 4097),
+            (Backing::Huge2M, 1 << 20),
+        ] {
+            let error = Memfd::create("test", backing, size)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(&format!("{size} bytes")), "{error}");
+        }
+        let memfd = Memfd::create("test", Backing::Shmem, 1 << 20).unwrap();
+        for (offset, len) in [
+            (0, 0),
+            (1, 4096),
+            (0, 100),
+            (1 << 20, 4096),
+            (u64::MAX - 4095, 4096),
+        ] {
+            assert!(memfd.map(offset, len).is_err(), "{offset} {len}");
+        }
+    }
+
+    #[test]
+    fn punched_memory_reads_zero() {
+        let memfd = Memfd::create("test", Backing::Shmem, 1 << 20).unwrap();
+        let map = memfd.map_all().unwrap();
+        map.write(3, &[1; PAGE_SIZE]).unwrap();
+        memfd.punch_hole(PageRange::page(3)).unwrap();
+        let mut page = [1; PAGE_SIZE];
+        map.read(3, &mut page).unwrap();
+        assert_eq!(page, [0; PAGE_SIZE]);
+    }
+}

@@ -1,0 +1,117 @@
+//! The ioctls, each with the one type that it takes. The only file that hands addresses to the module.
+
+use crate::abi;
+use rustix::{
+    fd::{AsFd, FromRawFd, OwnedFd},
+    io::Errno,
+    ioctl::{ioctl, Ioctl, IoctlOutput, Opcode},
+};
+use std::{ffi::c_void, mem};
+
+/// The argument of one ioctl.
+///
+/// # Safety
+///
+/// `OPCODE` must be an ioctl that reads and writes a `Self` at the address it is given, and writes nowhere
+/// else.
+pub(crate) unsafe trait Command: Default {
+    const OPCODE: Opcode;
+    const NAME: &'static str;
+
+    /// A zeroed argument that tells its size.
+    fn sized() -> Self;
+}
+
+macro_rules! commands {
+    ($($name:ident $argument:ident)*) => {$(
+        // SAFETY: the header defines this ioctl with this argument; the out fields are inside it.
+        unsafe impl Command for abi::$argument {
+            const OPCODE: Opcode = abi::$name as Opcode;
+            const NAME: &'static str = stringify!($name);
+
+            fn sized() -> Self {
+                Self {
+                    size: mem::size_of::<Self>() as u32,
+                    ..Self::default()
+                }
+            }
+        }
+    )*};
+}
+
+commands! {
+    KDP_INFO kdp_info
+    KDP_MEMSLOT_CREATE kdp_memslot_create
+    KDP_MEMSLOT_REMOVE kdp_memslot_remove
+    KDP_MEMSLOT_GET kdp_memslot_get
+    KDP_PAGING kdp_paging
+    KDP_MARK kdp_mark
+    KDP_VCPU_EXITS kdp_vcpu_exits
+}
+
+struct Call<'a, T>(&'a mut T);
+
+// SAFETY: `Command` states that the opcode takes a pointer to a T and writes to nothing but it.
+unsafe impl<T: Command> Ioctl for Call<'_, T> {
+    type Output = ();
+
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        T::OPCODE
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        (&raw mut *self.0).cast()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+/// Run the ioctl that takes a `T`. What it returns stands in `argument`, after a failure too.
+pub(crate) fn call<T: Command>(fd: impl AsFd, argument: &mut T) -> Result<(), Errno> {
+    // SAFETY: `Call` implements the ioctl as the header defines it; on a file descriptor of another kind
+    // it fails with ENOTTY, its type byte being the module's own.
+    unsafe { ioctl(fd, Call(argument)) }
+}
+
+/// Take over a file descriptor that an ioctl returned, unless it returned none.
+pub(crate) fn returned_fd(fd: i32) -> Option<OwnedFd> {
+    // SAFETY: called once for each out field of an ioctl that succeeded: the fd is new and nobody else's.
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_argument_begins_with_its_size() {
+        assert_eq!(mem::offset_of!(abi::kdp_info, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_memslot_create, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_memslot_remove, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_memslot_get, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_paging, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_mark, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_vcpu_exits, size), 0);
+        assert_eq!(abi::kdp_mark::sized().size, 40);
+        assert_eq!(abi::kdp_memslot_get::sized().size, 88);
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_header() {
+        // _IO(type, nr): no direction, no size.
+        assert_eq!(abi::kdp_info::OPCODE, 0xdb80);
+        assert_eq!(abi::kdp_vcpu_exits::OPCODE, 0xdb86);
+        assert_eq!(abi::KDP_BITMAP_OFFSET, 1 << 60);
+        assert_eq!(abi::KDP_EXIT_WRITE, 1 << 40);
+    }
+
+    #[test]
+    fn a_file_of_another_kind_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(call(&file, &mut abi::kdp_info::sized()), Err(Errno::NOTTY));
+    }
+}
