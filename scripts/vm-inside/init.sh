@@ -7,7 +7,11 @@
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LANG=C.UTF-8
 tell() { echo "<6>vm-init: $*" >/dev/kmsg; }
 
+# shellcheck source=/dev/null
 . /mnt/settings
+# Set there, and by the kernel from virtme-ng's part of its command line.
+# shellcheck disable=SC2154
+: "$msize" "$shell" "$module" "$leak_scan" "${virtme_console=}" "${virtme_stty_con=}"
 
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -21,7 +25,10 @@ mount -t debugfs debugfs /sys/kernel/debug
 mount -t tracefs tracefs /sys/kernel/tracing
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ln -s /proc/self/fd /dev/fd
-mount -t 9p -o "version=9p2000.L,trans=virtio,access=any,msize=$msize" kdp.src /kdp/src
+mount -t 9p -o "version=9p2000.L,trans=virtio,access=any,msize=$msize" kdp.src /kdp/src || {
+	tell "the checkout cannot be mounted"
+	poweroff -f
+}
 ip link set lo up
 hostname kdp-vm
 
@@ -43,6 +50,7 @@ cd /kdp/src || poweroff -f
 
 if [ "$shell" = yes ]; then
 	exec <>"/dev/$virtme_console" >&0 2>&0
+	# shellcheck disable=SC2086  # it is several words
 	[ -z "$virtme_stty_con" ] || stty $virtme_stty_con
 	insmod "$module" || echo "There is no module loaded. 'make modules' builds it; dmesg says what went wrong."
 	echo "The test VM ($KDP_KERNEL kernel, $(uname -r)); the checkout is here. Leave it with 'exit'."
