@@ -71,12 +71,16 @@ impl Mapping for MemoryMapping {
             }
             drop(pages);
 
+            let served = slot.vm.events.is_served();
             let who = Toucher {
-                exits: prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT),
+                // What is prepared stands, so only where an exit is going to follow.
+                exits: state == State::Absent
+                    && served
+                    && prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT),
                 may_retry: fault.may_retry(),
                 no_wait: fault.no_wait(),
             };
-            return match decide(state, who, slot.vm.events.is_served()) {
+            return match decide(state, who, served) {
                 // Present meanwhile.
                 Verdict::Map => continue,
                 Verdict::FillZero => match slot.fill_zero(page) {

@@ -2,8 +2,9 @@
 
 //! The ioctls of a VM: each one a function from a typed argument to a result.
 //!
-//! An argument is copied in whole before anything is done, and copied back whatever the result, so
-//! that a failure can say how far it got. Nothing that can fail comes after a descriptor is installed.
+//! An argument is copied in whole before anything is done. One that has fields for answers is copied
+//! back whatever the result, so that a failure can say how far it got. Nothing that can fail comes
+//! after a descriptor is installed.
 
 use crate::{
     backing::Backing,
@@ -53,20 +54,24 @@ const MAX_GFN: u64 = 1 << (52 - PAGE_SHIFT);
 /// Finds the function.
 pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<isize> {
     match cmd {
-        KDP_CMD_INFO => simple(arg, info),
+        KDP_CMD_INFO => with_answer(arg, info),
         KDP_CMD_MEMSLOT_CREATE => {
             with_fds(arg, |a| memslot_create(vm, a), |a| vm.remove(a.slot_id))
         }
         KDP_CMD_MEMSLOT_REMOVE => simple(arg, |a| memslot_remove(vm, a)),
         KDP_CMD_MEMSLOT_GET => with_fds(arg, |a| memslot_get(vm, a), |_| Ok(())),
         KDP_CMD_PAGING => simple(arg, |a| paging(vm, a)),
-        KDP_CMD_MARK => simple(arg, |a| mark(vm, a)),
+        KDP_CMD_MARK => with_answer(arg, |a| mark(vm, a)),
         KDP_CMD_VCPU_EXITS => simple(arg, |a| vcpu_exits(vm, a)),
         _ => Err(ENOTTY),
     }
 }
 
-fn simple<T: Argument>(arg: UserPtr, f: impl FnOnce(&mut T) -> Result) -> Result<isize> {
+fn simple<T: Argument>(arg: UserPtr, f: impl FnOnce(&T) -> Result) -> Result<isize> {
+    f(&copy_in(arg)?).map(|()| 0)
+}
+
+fn with_answer<T: Argument>(arg: UserPtr, f: impl FnOnce(&mut T) -> Result) -> Result<isize> {
     let mut value = copy_in(arg)?;
     let result = f(&mut value);
     copy_out(arg, &value)?;
@@ -169,7 +174,7 @@ fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result
     Ok([Some((fd, file)), None])
 }
 
-fn memslot_remove(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_remove) -> Result {
+fn memslot_remove(vm: ArcBorrow<'_, Vm>, arg: &kdp_memslot_remove) -> Result {
     check_unknown(arg.flags, 0, arg.__reserved)?;
     vm.remove(arg.slot_id)
 }
@@ -211,7 +216,7 @@ fn memslot_get(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_get) -> Result<Fds> 
     Ok(fds)
 }
 
-fn paging(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_paging) -> Result {
+fn paging(vm: ArcBorrow<'_, Vm>, arg: &kdp_paging) -> Result {
     check_unknown(arg.flags, 0, 0)?;
     let mode = match arg.mode {
         KDP_PAGING_OFF => Mode::Off,
@@ -262,7 +267,7 @@ fn read_ranges(memslot: &Arc<Memslot>, arg: &kdp_mark) -> Result<KVVec<PageRange
     Ok(ranges)
 }
 
-fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_vcpu_exits) -> Result {
+fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &kdp_vcpu_exits) -> Result {
     check_unknown(arg.flags, 0, arg.__reserved)?;
     let on = match arg.mode {
         KDP_EXITS_OFF => false,
