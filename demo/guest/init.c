@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The guest of the demo: PID 1 of a Linux that has nothing else.
+ *
+ * It fills a tmpfs with data whose checksums it keeps, then does two things for ever: it counts on the console
+ * ("KDP-TICK n", one each TICK_MS), and it reads the data again and compares ("KDP-VERIFY ok k"). Whoever stops
+ * this guest, moves its memory and lets it go on sees from the console alone whether anything was lost: the next
+ * number must follow the last one, and no line may say BAD.
+ *
+ * The kernel's command line may set kdp_mib, the size of the data in MiB.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define TICK_MS		100
+#define BLOCK		(1UL << 20)
+#define WORDS		(BLOCK / sizeof(uint64_t))
+#define MAX_BLOCKS	256
+#define CHUNK		(64UL << 10)
+
+static uint64_t sums[MAX_BLOCKS];
+static uint64_t buffer[WORDS];
+
+static void die(const char *what)
+{
+	printf("KDP-FAILED %s: %s\n", what, strerror(errno));
+	fflush(stdout);
+	/* The console must get the line out before the machine ends. */
+	sleep(1);
+	reboot(RB_POWER_OFF);
+	_exit(1);
+}
+
+/* splitmix64: every word of every block differs, so a page that stands in another's place is found. */
+static uint64_t word_at(uint64_t n)
+{
+	uint64_t z = (n + 1) * 0x9e3779b97f4a7c15ULL;
+
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+	return z ^ (z >> 31);
+}
+
+static uint64_t sum_of(const uint64_t *words, size_t n)
+{
+	uint64_t sum = 0xcbf29ce484222325ULL;
+
+	for (size_t i = 0; i < n; i++)
+		sum = (sum ^ words[i]) * 0x100000001b3ULL;
+	return sum;
+}
+
+static void read_block(int fd, unsigned int block)
+{
+	char *to = (char *)buffer;
+
+	for (size_t done = 0; done < BLOCK;) {
+		ssize_t n = pread(fd, to + done, CHUNK, (off_t)(block * BLOCK + done));
+
+		if (n <= 0)
+			die("read of the data");
+		done += (size_t)n;
+	}
+}
+
+static void fill(int fd, unsigned int blocks)
+{
+	for (unsigned int b = 0; b < blocks; b++) {
+		for (size_t i = 0; i < WORDS; i++)
+			buffer[i] = word_at(b * WORDS + i);
+		sums[b] = sum_of(buffer, WORDS);
+		if (write(fd, buffer, BLOCK) != (ssize_t)BLOCK)
+			die("write of the data");
+	}
+}
+
+static void tick(void)
+{
+	const struct timespec pause = { .tv_nsec = TICK_MS * 1000000L };
+
+	for (unsigned long n = 1;; n++) {
+		printf("KDP-TICK %lu\n", n);
+		clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+	}
+}
+
+static void verify(int fd, unsigned int blocks)
+{
+	for (unsigned long round = 1;; round++) {
+		unsigned int bad = 0;
+
+		for (unsigned int b = 0; b < blocks; b++) {
+			read_block(fd, b);
+			if (sum_of(buffer, WORDS) != sums[b]) {
+				printf("KDP-VERIFY BAD round %lu block %u\n", round, b);
+				bad++;
+			}
+		}
+		if (!bad)
+			printf("KDP-VERIFY ok %lu\n", round);
+	}
+}
+
+static unsigned int blocks_wanted(void)
+{
+	const char *text = getenv("kdp_mib");
+	unsigned long n = text ? strtoul(text, NULL, 10) : 32;
+
+	if (n < 1 || n > MAX_BLOCKS) {
+		errno = EINVAL;
+		die("kdp_mib");
+	}
+	return (unsigned int)n;
+}
+
+int main(void)
+{
+	unsigned int blocks;
+	int console, fd;
+
+	mkdir("/dev", 0755);
+	if (mount("devtmpfs", "/dev", "devtmpfs", 0, NULL))
+		return 1;
+	console = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
+	if (console < 0)
+		return 1;
+	dup2(console, 0);
+	dup2(console, 1);
+	dup2(console, 2);
+	/* One write per line: the two processes' lines must not mix. */
+	setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+	printf("KDP-USERSPACE\n");
+
+	blocks = blocks_wanted();
+	mkdir("/data", 0755);
+	if (mount("data", "/data", "tmpfs", 0, "size=90%"))
+		die("mount of the tmpfs");
+	fd = open("/data/file", O_RDWR | O_CREAT, 0600);
+	if (fd < 0)
+		die("open of the data");
+	fill(fd, blocks);
+	printf("KDP-READY %u MiB\n", blocks);
+
+	switch (fork()) {
+	case -1:
+		die("fork");
+		break;
+	case 0:
+		verify(fd, blocks);
+		break;
+	default:
+		tick();
+	}
+	return 1;
+}

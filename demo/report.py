@@ -1,0 +1,92 @@
+"""The figures of a run, as a table for people and as an object for programs."""
+
+MIB = 1 << 20
+
+
+def seconds(value):
+    return f"{value:.2f} s"
+
+
+def mib(value):
+    return f"{value / MIB:.1f} MiB"
+
+
+def micros(value):
+    return "-" if value is None else f"{value:,.0f} µs"
+
+
+def touched(counts):
+    """Who touched the pages that were fetched on demand."""
+    return f"{counts['guest']:,} vCPU, {counts['kernel']:,} KVM, {counts['user']:,} VMM"
+
+
+def total(way, what):
+    """From the decision to restore the guest until its first tick, or until it has verified all its data."""
+    return way["before_s"] + way[f"start_to_{what}_s"]
+
+
+def restore_rows(run):
+    """(what, on the device, fetched first) for the two restores of the same guest."""
+    device, eager = run["device"], run["eager"]
+    pages = run["memory_bytes"] // 4096
+    now, full = device["at_first_tick"], device["at_first_verify"]
+    return [
+        ("before QEMU starts", f"{seconds(device['before_s'])} (start the handler)",
+         f"{seconds(eager['before_s'])} (fetch it all)"),
+        ("QEMU's start to the guest's first tick", seconds(device["start_to_tick_s"]), seconds(eager["start_to_tick_s"])),
+        ("  of it, from 'cont'", seconds(device["cont_to_tick_s"]), seconds(eager["cont_to_tick_s"])),
+        ("both together", seconds(total(device, "tick")), seconds(total(eager, "tick"))),
+        ("to the end of a whole verification", seconds(total(device, "verify")), seconds(total(eager, "verify"))),
+        ("pages fetched at the first tick", f"{now['pages_fetched']:,} of {pages:,}", f"{pages:,} of {pages:,}"),
+        ("pages fetched when all was verified", f"{full['pages_fetched']:,} of {pages:,}", f"{pages:,} of {pages:,}"),
+        ("who touched them", touched(full["touched"]), "-"),
+        ("fetch latency p50 / p99", f"{micros(full['fetch_p50_us'])} / {micros(full['fetch_p99_us'])}", "-"),
+        ("bytes moved at the first tick", mib(now["bytes_received"]), mib(eager["bytes_received"])),
+        ("bytes moved when all was verified", mib(full["bytes_received"]), mib(eager["bytes_received"])),
+    ]
+
+
+def vmm_rows(run):
+    """(what, exits, userfaultfd) for the small VMM's two runs."""
+    exits, uffd = run["vmm_exit"], run["vmm_uffd"]
+
+    def both(text):
+        return [text(report) for report in (exits, uffd)]
+
+    return [
+        ("pages visited, checksum", *both(lambda r: f"{r['pages']:,}, {'right' if r['ok'] else 'WRONG'}")),
+        ("time a page", *both(lambda r: micros(r["us_per_page"]))),
+        ("fault latency p50 / p99", *both(lambda r: f"{micros(r['p50_us'])} / {micros(r['p99_us'])}")),
+        ("exits / events", *both(lambda r: f"{r['exits']:,} / {r['events']:,}")),
+    ]
+
+
+def table(title, heads, rows):
+    cells = [("", *heads), *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    rule = "  " + "-" * (sum(widths) + 4)
+    out = [title, rule]
+    for i, row in enumerate(cells):
+        out.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if i == 0:
+            out.append(rule)
+    return "\n".join(out)
+
+
+def text(run):
+    guest = f"{run['memory_bytes'] // MIB} MiB guest, {run['data_mib']} MiB of it checksummed data"
+    return "\n\n".join([
+        table(
+            f"Restore of a running Linux under an unmodified QEMU ({guest}), on 2 MiB huge pages, over TCP",
+            ("paged in on demand", "fetched first, without us"),
+            restore_rows(run),
+        ),
+        table(
+            f"A small VMM's guest, {run['vmm_exit']['bytes'] // MIB} MiB on {run['vmm_exit']['backing']}, random order",
+            ("fault exits", "userfaultfd"),
+            vmm_rows(run),
+        ),
+        "guest reached userspace in {:.2f} s after QEMU's start, {:.2f} s in all; without us in {:.2f} s in all".format(
+            run["device"]["start_to_tick_s"], total(run["device"], "tick"), total(run["eager"], "tick")
+        ),
+    ])

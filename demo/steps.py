@@ -1,0 +1,198 @@
+"""The steps of the demo, each of which either measures something or says what went wrong.
+
+A guest is booted and stopped once. Its memory then is a file, its devices' state another; everything that follows
+is a way to go on from those two.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pages import Handler, Tool, reserve_huge_pages
+from qemu import Failure, Qemu
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = ROOT / "build" / "bin"
+BUILT = ROOT / "build" / "demo"
+PAGE = 4096
+ADDRESS = "127.0.0.1:7411"
+MODULE = "kvm_demand_paging"
+# The debug kernel under emulation takes its time.
+SLOW = 8 if os.environ.get("KDP_KERNEL") == "debug" else 1
+
+
+@dataclass
+class Settings:
+    """How large the guest is, and where the demo may write."""
+
+    memory: int = 256 << 20
+    data_mib: int = 64
+    work: str = "/dev/shm/kdp-demo"
+
+
+@dataclass
+class Snapshot:
+    """A stopped guest: `ram` and `state` are files, `rest` a line of its console that it had not finished."""
+
+    ram: str
+    state: str
+    last_tick: int
+    rest: bytes
+    boot_s: float
+    data_pages: int
+
+
+def prepare(settings):
+    """A fresh working folder, with what QEMU boots from in it: a file there costs it no round trip to the host."""
+    shutil.rmtree(settings.work, ignore_errors=True)
+    os.makedirs(settings.work)
+    for name in ("bzImage", "initrd"):
+        if not (BUILT / name).exists():
+            raise Failure(f"there is no {BUILT / name}: run scripts/demo-image")
+        shutil.copy(BUILT / name, settings.work)
+    if not os.path.exists("/dev/kvm"):
+        raise Failure("there is no /dev/kvm: modprobe kvm_amd or kvm_intel")
+
+
+def insert_module():
+    if Path(f"/sys/module/{MODULE}").exists():
+        return
+    ko = ROOT / "build" / "module" / os.environ.get("KDP_KERNEL", "fast") / f"{MODULE}.ko"
+    done = subprocess.run(["insmod", ko], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Failure(f"{ko} cannot be inserted: {done.stderr.strip()} (see dmesg)")
+
+
+def boot_and_snapshot(settings):
+    """Boots the guest in a plain file, lets it work for a moment, and stops it for good."""
+    ram, state = f"{settings.work}/ram", f"{settings.work}/state"
+    with open(ram, "wb") as f:
+        f.truncate(settings.memory)
+    with Qemu(ram, settings.memory, settings.work, data_mib=settings.data_mib) as qemu:
+        console = qemu.console
+        at, up, _ = console.wait_for("^KDP-USERSPACE", 120 * SLOW, "the guest's userspace")
+        at, _, _ = console.wait_for("^KDP-READY", 120 * SLOW, "the guest's data", at)
+        at, _, _ = console.wait_for("^KDP-VERIFY ok", 60 * SLOW, "the guest's first verification", at)
+        console.wait_for("^KDP-TICK", 30 * SLOW, "a tick of the guest's counter", at)
+        monitor = qemu.monitor()
+        monitor.run("stop")
+        monitor.ignore_shared()
+        monitor.run("migrate", uri=f"file:{state}")
+        monitor.wait_migrated(60 * SLOW)
+        qemu.quit()
+        check_sequence(console.ticks(), 0)
+        return Snapshot(
+            ram=ram,
+            state=state,
+            last_tick=console.ticks()[-1],
+            rest=console.rest,
+            boot_s=up - qemu.started,
+            data_pages=os.stat(ram).st_blocks * 512 // PAGE,
+        )
+
+
+def check_sequence(ticks, last):
+    """The counter goes on where it was and leaves nothing out."""
+    for n in ticks:
+        if n != last + 1:
+            raise Failure(f"the guest's counter went from {last} to {n}")
+        last = n
+
+
+def resume(settings, snapshot, memory_path, at_first_tick=None, at_first_verify=None):
+    """Lets the guest go on in the memory at `memory_path`; returns the times, in seconds.
+
+    The guest must count on without a gap and find its data whole: once from where it was in the middle of, and a
+    second time from the beginning.
+    """
+    with Qemu(
+        memory_path, settings.memory, settings.work, snapshot.rest, incoming=True, data_mib=settings.data_mib
+    ) as qemu:
+        monitor = qemu.monitor(60 * SLOW)
+        monitor.ignore_shared()
+        monitor.run("migrate-incoming", uri=f"file:{snapshot.state}")
+        monitor.wait_migrated(60 * SLOW)
+        resumed = time.monotonic()
+        monitor.run("cont")
+        _, ticked, _ = qemu.console.wait_for("^KDP-TICK", 30 * SLOW, "the first tick after the resume")
+        if at_first_tick:
+            at_first_tick()
+        # The round that was under way at the stop may have ended with what was already read.
+        at, _, _ = qemu.console.wait_for("^KDP-VERIFY ok", 120 * SLOW, "the first verification after the resume")
+        at, verified, _ = qemu.console.wait_for("^KDP-VERIFY ok", 120 * SLOW, "a whole verification", at + 1)
+        if at_first_verify:
+            at_first_verify()
+        ticks = qemu.console.ticks()
+        check_sequence(ticks, snapshot.last_tick)
+        return {
+            "start_to_tick_s": ticked - qemu.started,
+            "cont_to_tick_s": ticked - resumed,
+            "start_to_verify_s": verified - qemu.started,
+            "ticks": len(ticks),
+        }
+
+
+@contextmanager
+def serving(snapshot):
+    """`kdp serve` holds the snapshot's memory; it is not changed by who reads it."""
+    with Tool(BIN / "kdp", "serve", "--listen", ADDRESS, snapshot.ram) as server:
+        server.wait(lambda: any(line.startswith("listening") for line in server.lines), 30 * SLOW, "it listens")
+        yield server
+
+
+def restore_on_device(settings, snapshot, name="demo"):
+    """The restore that this project is about: the guest runs at once, its pages follow when it touches them."""
+    reserve_huge_pages(settings.memory)
+    reports = {}
+    began = time.monotonic()
+    with Handler(BIN / "kdp", settings.work, name, settings.memory, f"tcp:{ADDRESS}", 30 * SLOW) as handler:
+        ready = time.monotonic()
+        times = resume(
+            settings,
+            snapshot,
+            handler.memory,
+            lambda: reports.update(at_first_tick=handler.report(30 * SLOW)),
+            lambda: reports.update(at_first_verify=handler.report(30 * SLOW)),
+        )
+        handler.stop(30 * SLOW)
+    full = reports["at_first_verify"]
+    if not 0 < full["pages_fetched"] < settings.memory // PAGE:
+        raise Failure(f"the handler fetched {full['pages_fetched']} pages: they were not paged in on demand")
+    return times | reports | {"before_s": ready - began}
+
+
+def restore_after_fetch(settings, snapshot):
+    """The same without us: all of the memory is fetched onto huge pages first, then the guest runs."""
+    reserve_huge_pages(settings.memory)
+    mount = f"{settings.work}/huge"
+    os.makedirs(mount)
+    subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "hugetlbfs", mount], check=True)
+    try:
+        began = time.monotonic()
+        with Tool(BUILT / "kdp-demo-fetch", f"tcp:{ADDRESS}", f"{mount}/ram") as fetch:
+            report = fetch.answer(300 * SLOW)
+        ready = time.monotonic()
+        times = resume(settings, snapshot, f"{mount}/ram")
+    finally:
+        subprocess.run(["umount", mount], check=False)
+    return times | {"before_s": ready - began, "bytes_received": report["bytes_received"]}
+
+
+def small_vmm(mode, backing, memory):
+    """The small VMM's own guest; it verifies its memory's checksum and fails if that is wrong."""
+    args = ["run", "--mode", mode, "--backing", backing, "--memory", str(memory), "--json"]
+    with Tool(BIN / "kdp-vmm", *args) as vmm:
+        report = vmm.answer(180 * SLOW)
+    if report.get("ok") is not True:
+        raise Failure(f"kdp-vmm --mode {mode} saw a wrong checksum: {json.dumps(report)}")
+    return report
+
+
+def clean_up(settings):
+    """Gives the working folder's memory back; the VM may have other things to run."""
+    shutil.rmtree(settings.work, ignore_errors=True)

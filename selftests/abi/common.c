@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: GPL-2.0
+/* What the ABI says of all ioctls: sizes, flags, reserved fields, unknown commands. */
+#include "test.h"
+
+#define SLOT	7
+#define PAGES	64
+
+union arg {
+	struct {
+		__u32 size;
+		__u32 flags;
+	};
+	struct kdp_info info;
+	struct kdp_memslot_create create;
+	struct kdp_memslot_remove remove;
+	struct kdp_memslot_get get;
+	struct kdp_paging paging;
+	struct kdp_mark mark;
+	struct kdp_vcpu_exits exits;
+	unsigned char bytes[2 * PAGE];
+};
+
+static const struct call {
+	const char *name;
+	unsigned long cmd;
+	__u32 size;
+	__u32 flags;	/* those that the call knows */
+	bool writes;	/* it has fields that it fills */
+} calls[] = {
+	{ "KDP_INFO", KDP_INFO, sizeof(struct kdp_info), 0, true },
+	{ "KDP_MEMSLOT_CREATE", KDP_MEMSLOT_CREATE, sizeof(struct kdp_memslot_create),
+	  KDP_MEMSLOT_PAGING, true },
+	{ "KDP_MEMSLOT_REMOVE", KDP_MEMSLOT_REMOVE, sizeof(struct kdp_memslot_remove), 0, false },
+	{ "KDP_MEMSLOT_GET", KDP_MEMSLOT_GET, sizeof(struct kdp_memslot_get),
+	  KDP_GET_NEXT | KDP_GET_FD | KDP_GET_MEMFD, true },
+	{ "KDP_PAGING", KDP_PAGING, sizeof(struct kdp_paging), 0, false },
+	{ "KDP_MARK", KDP_MARK, sizeof(struct kdp_mark), 0, true },
+	{ "KDP_VCPU_EXITS", KDP_VCPU_EXITS, sizeof(struct kdp_vcpu_exits), 0, false },
+};
+
+#define for_each_call(c) \
+	for (const struct call *c = calls; c < calls + ARRAY_SIZE(calls); c++)
+
+FIXTURE(abi) {
+	int vm;
+	int memfd;
+	__u32 next_id;
+	bool has_exits;
+	struct kdp_range range;
+	union arg *arg;		/* followed by a page that nobody can touch */
+	unsigned char *wall;	/* that page */
+};
+
+FIXTURE_SETUP(abi)
+{
+	struct kdp_info info;
+
+	self->vm = vm_open(_metadata);
+	self->memfd = memfd_shmem(PAGES);
+	self->next_id = 100;
+	self->range = (struct kdp_range){ 0, 1 };
+	self->arg = mmap(NULL, sizeof(*self->arg) + PAGE, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, self->arg);
+	self->wall = (unsigned char *)(self->arg + 1);
+	ASSERT_EQ(0, mprotect(self->wall, PAGE, PROT_NONE));
+	ASSERT_EQ(0, kdp_info(self->vm, &info));
+	self->has_exits = info.features & KDP_FEATURE_EXITS;
+	slot_new(_metadata, self->vm, SLOT, PAGES, KDP_MEMSLOT_PAGING);
+}
+
+FIXTURE_TEARDOWN(abi)
+{
+	close(self->vm);
+}
+
+/* An argument with which the call succeeds. */
+static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
+		 const struct call *c, union arg *a)
+{
+	memset(a, 0, sizeof(*a));
+	a->size = c->size;
+	switch (c->cmd) {
+	case KDP_MEMSLOT_CREATE:
+		a->create.memfd = self->memfd;
+		a->create.nr_pages = PAGES;
+		a->create.slot_id = self->next_id++;
+		a->create.base_gfn = slot_base(a->create.slot_id);
+		break;
+	case KDP_MEMSLOT_REMOVE: {
+		struct kdp_memslot_create create = good_create(_metadata, self->next_id++, 1);
+
+		ASSERT_EQ(0, kdp_create(self->vm, &create));
+		close(create.fd);
+		close(create.memfd);
+		a->remove.slot_id = create.slot_id;
+		break;
+	}
+	case KDP_MEMSLOT_GET:
+		a->get.slot_id = SLOT;
+		break;
+	case KDP_PAGING:
+		a->paging.slot_id = SLOT;
+		a->paging.mode = KDP_PAGING_ON;
+		break;
+	case KDP_MARK:
+		a->mark.slot_id = SLOT;
+		a->mark.state = KDP_STATE_PRESENT;
+		a->mark.ranges = (uintptr_t)&self->range;
+		a->mark.nr_ranges = 1;
+		break;
+	case KDP_VCPU_EXITS:
+		a->exits.mode = KDP_EXITS_OFF;
+		break;
+	}
+}
+
+/* Without KVM, KDP_VCPU_EXITS has no good argument. */
+#define skip_call(c) ((c)->cmd == KDP_VCPU_EXITS && !self->has_exits)
+
+TEST_F(abi, size_exact)
+{
+	for_each_call(c) {
+		if (skip_call(c))
+			continue;
+		good(_metadata, self, c, self->arg);
+		EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+	}
+}
+
+TEST_F(abi, size_below_is_einval)
+{
+	for_each_call(c)
+		for (__u32 size = 0; size < c->size; size++) {
+			good(_metadata, self, c, self->arg);
+			self->arg->size = size;
+			EXPECT_EQ(EINVAL, kdp_ioctl(self->vm, c->cmd, self->arg))
+				TH_LOG("%s, size %u", c->name, size);
+		}
+}
+
+TEST_F(abi, size_above_with_zero_tail)
+{
+	for_each_call(c) {
+		const __u32 sizes[] = { c->size + 1, c->size + 3, c->size + 8, c->size + 511, PAGE };
+
+		for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
+			if (skip_call(c))
+				continue;
+			good(_metadata, self, c, self->arg);
+			self->arg->size = sizes[i];
+			EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg))
+				TH_LOG("%s, size %u", c->name, sizes[i]);
+		}
+	}
+}
+
+/* No struct is ever longer than a page; a larger size is not looked through for zeros. */
+TEST_F(abi, size_above_a_page_is_e2big)
+{
+	const __u32 sizes[] = { PAGE + 1, 2 * PAGE, 0x7fffffff, 0x80000000, 0xffffffff };
+
+	for_each_call(c)
+		for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
+			good(_metadata, self, c, self->arg);
+			self->arg->size = sizes[i];
+			EXPECT_EQ(E2BIG, kdp_ioctl(self->vm, c->cmd, self->arg))
+				TH_LOG("%s, size %u", c->name, sizes[i]);
+		}
+}
+
+TEST_F(abi, size_above_with_nonzero_tail_is_e2big)
+{
+	const __u32 at[] = { 0, 1, 7, 8, 300, 3000 };
+
+	for_each_call(c)
+		for (size_t i = 0; i < ARRAY_SIZE(at); i++) {
+			good(_metadata, self, c, self->arg);
+			self->arg->size = PAGE;
+			self->arg->bytes[c->size + at[i]] = 1;
+			EXPECT_EQ(E2BIG, kdp_ioctl(self->vm, c->cmd, self->arg))
+				TH_LOG("%s, nonzero byte %u after its end", c->name, at[i]);
+			/* Beyond the size nobody may look. */
+			self->arg->size = c->size + at[i];
+			if (!skip_call(c)) {
+				EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg))
+					TH_LOG("%s, %u bytes too long", c->name, at[i]);
+			}
+		}
+}
+
+TEST_F(abi, size_above_into_unmapped_memory_is_efault)
+{
+	for_each_call(c) {
+		const __u32 sizes[] = { c->size + 1, c->size + 8, PAGE };
+		union arg *a = (union arg *)(self->wall - c->size);
+
+		for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
+			good(_metadata, self, c, self->arg);
+			memmove(a, self->arg, c->size);
+			a->size = sizes[i];
+			EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, a))
+				TH_LOG("%s, size %u", c->name, a->size);
+		}
+	}
+}
+
+TEST_F(abi, arg_unmapped_is_efault)
+{
+	for_each_call(c) {
+		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, NULL)) TH_LOG("%s", c->name);
+		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, self->wall)) TH_LOG("%s", c->name);
+		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, (void *)0xffff888000000000UL))
+			TH_LOG("%s", c->name);
+		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, (void *)-4096L))
+			TH_LOG("%s", c->name);
+		/* Its beginning is there, its end is not. */
+		for (__u32 there = 1; there < c->size; there++) {
+			unsigned char *a = self->wall - there;
+
+			good(_metadata, self, c, self->arg);
+			memmove(a, self->arg, there);
+			EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, a))
+				TH_LOG("%s, %u bytes mapped", c->name, there);
+		}
+	}
+}
+
+TEST_F(abi, arg_readonly_is_efault_and_leaves_nothing)
+{
+	struct kdp_memslot_get get;
+	int fds;
+
+	ASSERT_EQ(0, kdp_remove(self->vm, SLOT));
+	slot_new(_metadata, self->vm, SLOT, PAGES, KDP_MEMSLOT_PAGING);
+	for_each_call(c) {
+		if (!c->writes)
+			continue;
+		good(_metadata, self, c, self->arg);
+		if (c->cmd == KDP_MEMSLOT_GET)
+			self->arg->get.flags = KDP_GET_FD | KDP_GET_MEMFD;
+		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ));
+		fds = open_fds();
+		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(fds, open_fds()) TH_LOG("%s left a descriptor", c->name);
+		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ | PROT_WRITE));
+	}
+	/* The memslot that KDP_MEMSLOT_CREATE did not tell of does not exist. */
+	EXPECT_EQ(ENOENT, kdp_get(self->vm, SLOT + 1, KDP_GET_NEXT, &get));
+}
+
+/* A call that tells nothing needs no more than to read its argument. */
+TEST_F(abi, arg_readonly_is_enough_without_outputs)
+{
+	for_each_call(c) {
+		if (c->writes || skip_call(c))
+			continue;
+		good(_metadata, self, c, self->arg);
+		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ));
+		EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ | PROT_WRITE));
+	}
+}
+
+TEST_F(abi, flags_unknown_is_eopnotsupp)
+{
+	for_each_call(c)
+		for (int bit = 0; bit < 32; bit++) {
+			if (c->flags & (1U << bit))
+				continue;
+			good(_metadata, self, c, self->arg);
+			self->arg->flags |= 1U << bit;
+			EXPECT_EQ(EOPNOTSUPP, kdp_ioctl(self->vm, c->cmd, self->arg))
+				TH_LOG("%s, flag bit %d", c->name, bit);
+		}
+}
+
+TEST_F(abi, reserved_nonzero_is_eopnotsupp)
+{
+	for_each_call(c) {
+		good(_metadata, self, c, self->arg);
+		switch (c->cmd) {
+		case KDP_MEMSLOT_CREATE:
+			self->arg->create.__reserved = 1;
+			break;
+		case KDP_MEMSLOT_REMOVE:
+			self->arg->remove.__reserved = 0x80000000;
+			break;
+		case KDP_VCPU_EXITS:
+			self->arg->exits.__reserved = 1;
+			break;
+		default:
+			continue;
+		}
+		EXPECT_EQ(EOPNOTSUPP, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+	}
+}
+
+TEST_F(abi, mode_unknown_is_eopnotsupp)
+{
+	const __u32 modes[] = { 3, 4, 0x80000000, 0xffffffff };
+
+	for (size_t i = 0; i < ARRAY_SIZE(modes); i++) {
+		EXPECT_EQ(EOPNOTSUPP, kdp_paging(self->vm, SLOT, modes[i]));
+		EXPECT_EQ(EOPNOTSUPP, kdp_mark(self->vm, SLOT, modes[i], 0, 1).err);
+		EXPECT_EQ(EOPNOTSUPP, kdp_exits(self->vm, modes[i]));
+	}
+	EXPECT_EQ(EOPNOTSUPP, kdp_exits(self->vm, 2));
+}
+
+TEST_F(abi, slot_unknown_is_enoent)
+{
+	const __u32 ids[] = { 0, SLOT - 1, SLOT + 1, 0x80000000, 0xffffffff };
+	struct kdp_memslot_get get;
+
+	for (size_t i = 0; i < ARRAY_SIZE(ids); i++) {
+		EXPECT_EQ(ENOENT, kdp_remove(self->vm, ids[i]));
+		EXPECT_EQ(ENOENT, kdp_get(self->vm, ids[i], 0, &get));
+		EXPECT_EQ(ENOENT, kdp_paging(self->vm, ids[i], KDP_PAGING_ON));
+		EXPECT_EQ(ENOENT, kdp_mark(self->vm, ids[i], KDP_STATE_PRESENT, 0, 1).err);
+	}
+}
+
+TEST_F(abi, ioctl_unknown_is_enotty)
+{
+	for (unsigned int nr = 0; nr < 256; nr++) {
+		if (nr < 0x80 || nr > 0x86) {
+			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
+				TH_LOG("nr %#x", nr);
+		}
+		/* The file system layer knows some of the other types. */
+		EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE ^ 1, nr), self->arg))
+			TH_LOG("nr %#x of another type", nr);
+	}
+	for_each_call(c) {
+		good(_metadata, self, c, self->arg);
+		EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, c->cmd | _IOC(_IOC_WRITE, 0, 0, 8), self->arg))
+			TH_LOG("%s with a direction and a size", c->name);
+	}
+}
+
+TEST_F(abi, ioctl_on_memslot_fd_is_enotty)
+{
+	struct kdp_memslot_get get;
+
+	ASSERT_EQ(0, kdp_get(self->vm, SLOT, KDP_GET_FD, &get));
+	for_each_call(c) {
+		good(_metadata, self, c, self->arg);
+		EXPECT_EQ(ENOTTY, kdp_ioctl(get.fd, c->cmd, self->arg)) TH_LOG("%s", c->name);
+	}
+}
+
+TEST_F(abi, ioctl_on_dup_is_the_same_vm)
+{
+	int dup_fd = dup(self->vm);
+	struct kdp_memslot_get get;
+
+	ASSERT_LE(0, dup_fd);
+	EXPECT_EQ(0, kdp_get(dup_fd, SLOT, 0, &get));
+	ASSERT_EQ(0, close(self->vm));
+	EXPECT_EQ(0, kdp_get(dup_fd, SLOT, 0, &get));
+	self->vm = dup_fd;
+}
+
+TEST_F(abi, vms_are_independent)
+{
+	int other = vm_open(_metadata);
+	struct kdp_memslot_create arg = good_create(_metadata, SLOT, PAGES);
+	struct kdp_memslot_get get;
+
+	EXPECT_EQ(ENOENT, kdp_get(other, SLOT, 0, &get));
+	/* The same id and the same GFNs are free in another VM. */
+	EXPECT_EQ(0, kdp_create(other, &arg));
+	EXPECT_EQ(0, kdp_remove(self->vm, SLOT));
+	EXPECT_EQ(0, kdp_get(other, SLOT, 0, &get));
+	close(other);
+}
+
+TEST_F(abi, arg_in_absent_page)
+{
+	struct slot s = slot_new(_metadata, self->vm, 50, PAGES, KDP_MEMSLOT_PAGING);
+
+	/*
+	 * The argument itself lies in guest memory that has to be fetched: a
+	 * module that took a lock first would hang here.
+	 */
+	for_each_call(c) {
+		struct kdp_event ev;
+		pid_t child;
+
+		if (skip_call(c))
+			continue;
+		EXPECT_MARK(c == calls ? 0 : 1, &s, KDP_STATE_ABSENT, 0, 1);
+		good(_metadata, self, c, self->arg);
+		memcpy(s.alias, self->arg, c->size);
+		child = fork();
+		if (!child)
+			_exit(kdp_ioctl(self->vm, c->cmd, s.guest));
+		ev = event_read(_metadata, self->vm);
+		EXPECT_EQ(50, ev.slot_id);
+		EXPECT_EQ(KDP_ACCESS_KERNEL, ev.access & (KDP_ACCESS_USER | KDP_ACCESS_KERNEL |
+							  KDP_ACCESS_GUEST));
+		EXPECT_MARK(1, &s, KDP_STATE_PRESENT, 0, 1);
+		EXPECT_EQ(0, child_status(child)) TH_LOG("%s", c->name);
+	}
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: GPL-2.0
+/* mmap(2) of a memslot: guest memory, the bitmap, and what is refused. */
+#include "test.h"
+
+#include <sys/poll.h>
+
+#define PAGES	100
+
+FIXTURE(map) {
+	int vm;
+	struct slot s;
+};
+
+FIXTURE_SETUP(map)
+{
+	self->vm = vm_open(_metadata);
+	self->s = slot_new(_metadata, self->vm, 1, PAGES, KDP_MEMSLOT_PAGING);
+}
+
+FIXTURE_TEARDOWN(map)
+{
+	close(self->vm);
+}
+
+#define EXPECT_NO_MAP(fd, bytes, prot, flags, offset) do {				\
+	void *p_ = mmap(NULL, bytes, prot, flags, fd, offset);				\
+	EXPECT_EQ(MAP_FAILED, p_)							\
+		TH_LOG("%llu bytes at %#llx were mapped", (__u64)(bytes), (__u64)(offset));	\
+} while (0)
+
+TEST_F(map, private_is_refused)
+{
+	const int prots[] = { PROT_READ, PROT_READ | PROT_WRITE, PROT_NONE };
+
+	for (size_t i = 0; i < ARRAY_SIZE(prots); i++) {
+		EXPECT_NO_MAP(self->s.fd, PAGE, prots[i], MAP_PRIVATE, 0);
+		EXPECT_NO_MAP(self->s.fd, PAGE, prots[i], MAP_PRIVATE, KDP_BITMAP_OFFSET);
+	}
+}
+
+TEST_F(map, beyond_the_end_is_refused)
+{
+	const struct { __u64 bytes, offset; } bad[] = {
+		{ (PAGES + 1) * PAGE, 0 }, { PAGE, PAGES * PAGE }, { 2 * PAGE, (PAGES - 1) * PAGE },
+		{ PAGE, (PAGES + 1) * PAGE }, { PAGE, 1ULL << 40 }, { PAGE, 1ULL << 59 },
+		{ PAGE, KDP_BITMAP_OFFSET - PAGE }, { PAGE, 1ULL << 62 }, { 1ULL << 40, 0 },
+		{ 2 * PAGE, KDP_BITMAP_OFFSET - PAGE }, { PAGE, (1ULL << 63) - PAGE },
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+		EXPECT_NO_MAP(self->s.fd, bad[i].bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+			      bad[i].offset);
+	}
+}
+
+TEST_F(map, part)
+{
+	unsigned char *part = map_rw(_metadata, self->s.fd, 2 * PAGE, 50 * PAGE);
+
+	self->s.alias[50 * PAGE] = 0x50;
+	self->s.alias[51 * PAGE] = 0x51;
+	EXPECT_MARK(2, &self->s, KDP_STATE_PRESENT, 50, 2);
+	EXPECT_BYTE(0x50, part);
+	EXPECT_BYTE(0x51, part + PAGE);
+	/* Its events name the page by its place in the memslot, not in the mapping. */
+	EXPECT_MARK(1, &self->s, KDP_STATE_ABSENT, 51, 1);
+	struct slot view = self->s;
+	struct toucher t = { 0 };
+
+	view.guest = part - 50 * PAGE;
+	wait_begins(_metadata, &view, &t, 51, TOUCH_READ);
+	EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, 51, 1);
+	ASSERT_TRUE(toucher_join(&t));
+	EXPECT_EQ(0x51, t.val);
+}
+
+TEST_F(map, bitmap_too_large_is_refused)
+{
+	EXPECT_NO_MAP(self->s.fd, 2 * PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
+	EXPECT_NO_MAP(self->s.fd, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, KDP_BITMAP_OFFSET);
+	EXPECT_NO_MAP(self->s.fd, PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET + PAGE);
+	EXPECT_NO_MAP(self->s.fd, 1ULL << 40, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
+}
+
+TEST_F(map, vm_fd_is_refused)
+{
+	EXPECT_NO_MAP(self->vm, PAGE, PROT_READ, MAP_SHARED, 0);
+	EXPECT_NO_MAP(self->vm, PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
+}
+
+/* Populating must not wait for pages that somebody would have to fetch. */
+TEST_F(map, populate_does_not_wait)
+{
+	void *p = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
+		       self->s.fd, 0);
+
+	EXPECT_NE(MAP_FAILED, p);
+	EXPECT_FALSE(event_pending(self->vm, 0));
+}
+
+TEST_F(map, read_only_guest_memory)
+{
+	unsigned char *ro = map(self->s.fd, PAGES * PAGE, PROT_READ, 0);
+
+	ASSERT_NE(MAP_FAILED, ro);
+	self->s.alias[0] = 0x12;
+	EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, 0, 1);
+	EXPECT_BYTE(0x12, ro);
+	EXPECT_EQ(SIGSEGV, touch_write(ro, 1));
+	EXPECT_EQ(0x12, self->s.alias[0]);
+	EXPECT_EQ(0, touch_write(self->s.guest, 0x13));
+	EXPECT_BYTE(0x13, ro);
+}
+
+TEST_F(map, write_only_by_whom_it_is_allowed)
+{
+	/* mprotect(2) takes writing away and gives it back; states are not touched by it. */
+	EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, 0, 1);
+	ASSERT_EQ(0, touch_write(self->s.guest, 1));
+	ASSERT_EQ(0, mprotect(self->s.guest, PAGES * PAGE, PROT_READ));
+	EXPECT_EQ(SIGSEGV, touch_write(self->s.guest, 2));
+	EXPECT_BYTE(1, self->s.guest);
+	ASSERT_EQ(0, mprotect(self->s.guest, PAGES * PAGE, PROT_NONE));
+	unsigned char val;
+
+	EXPECT_EQ(SIGSEGV, touch_read(self->s.guest, &val));
+	EXPECT_EQ(SIGSEGV, touch_read(self->s.guest + PAGE, &val));
+	EXPECT_FALSE(event_pending(self->vm, 0));
+	ASSERT_EQ(0, mprotect(self->s.guest, PAGES * PAGE, PROT_READ | PROT_WRITE));
+	EXPECT_EQ(0, touch_write(self->s.guest, 3));
+	EXPECT_EQ(3, self->s.alias[0]);
+}
+
+FIXTURE(bitmap) {
+	int vm;
+	struct slot s;
+};
+
+FIXTURE_SETUP(bitmap)
+{
+	self->vm = vm_open(_metadata);
+	/* 2 and a bit pages of bitmap */
+	self->s = slot_new(_metadata, self->vm, 1, 2 * 32768 + 100, KDP_MEMSLOT_PAGING);
+}
+
+FIXTURE_TEARDOWN(bitmap)
+{
+	close(self->vm);
+}
+
+TEST_F(bitmap, bit_layout)
+{
+	const __u64 pages[] = {
+		0, 1, 7, 8, 31, 32, 63, 64, 65, 127, 128, 32767, 32768, 32769, 65535, 65536, 65635,
+	};
+	const unsigned char *bytes = (const unsigned char *)self->s.bitmap;
+
+	for (size_t i = 0; i < ARRAY_SIZE(pages); i++) {
+		__u64 page = pages[i];
+		__u64 words = bitmap_bytes(self->s.pages) / 8;
+
+		EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, page, 1);
+		for (__u64 w = 0; w < words; w++) {
+			__u64 want = w == page / 64 ? 1ULL << (page % 64) : 0;
+
+			EXPECT_EQ(want, atomic_load(&self->s.bitmap[w]))
+				TH_LOG("page %llu, word %llu", page, w);
+		}
+		/* Little-endian, so page n is bit n % 8 of byte n / 8, as well. */
+		EXPECT_EQ(1 << (page % 8), bytes[page / 8]);
+		EXPECT_MARK(1, &self->s, KDP_STATE_ABSENT, page, 1);
+	}
+}
+
+TEST_F(bitmap, length_is_rounded_up_to_a_page)
+{
+	EXPECT_EQ(3 * PAGE, bitmap_bytes(self->s.pages));
+	EXPECT_NO_MAP(self->s.fd, 4 * PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
+	EXPECT_NO_MAP(self->s.fd, PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET + 3 * PAGE);
+	/* One page of memory has one page of bitmap; so has 128 MiB; 4 KiB more has two. */
+	const struct { __u64 pages, bytes; } sizes[] = {
+		{ 1, PAGE }, { 32768, PAGE }, { 32769, 2 * PAGE },
+	};
+
+	for (__u32 i = 0; i < ARRAY_SIZE(sizes); i++) {
+		struct slot s = slot_new(_metadata, self->vm, 10 + i, sizes[i].pages,
+					 KDP_MEMSLOT_PAGING);
+
+		EXPECT_EQ(sizes[i].bytes, bitmap_bytes(sizes[i].pages));
+		EXPECT_NO_MAP(s.fd, sizes[i].bytes + PAGE, PROT_READ, MAP_SHARED,
+			      KDP_BITMAP_OFFSET);
+		EXPECT_MARK(1, &s, KDP_STATE_PRESENT, sizes[i].pages - 1, 1);
+		EXPECT_TRUE(bit_get(s.bitmap, sizes[i].pages - 1));
+	}
+}
+
+TEST_F(bitmap, part_is_mapped)
+{
+	atomic_ullong *second = map_rw(_metadata, self->s.fd, PAGE, KDP_BITMAP_OFFSET + PAGE);
+
+	EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, 32768 + 5, 1);
+	EXPECT_EQ(1ULL << 5, atomic_load(second));
+	EXPECT_EQ(0, touch_or(second, 1ULL << 6));
+	EXPECT_TRUE(bit_get(self->s.bitmap, 32768 + 6));
+}
+
+/* A page of the bitmap that was read before it held anything must not stay a page of zeros. */
+TEST_F(bitmap, read_only_mapping_sees_writes)
+{
+	atomic_ullong *ro = map(self->s.fd, 3 * PAGE, PROT_READ, KDP_BITMAP_OFFSET);
+
+	ASSERT_NE(MAP_FAILED, ro);
+	EXPECT_EQ(0, atomic_load(&ro[0]));
+	EXPECT_EQ(0, atomic_load(&ro[512]));
+	EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, 3, 1);
+	EXPECT_EQ(8, atomic_load(&ro[0]));
+	EXPECT_EQ(0, touch_or(&self->s.bitmap[512], 2));
+	EXPECT_EQ(2, atomic_load(&ro[512]));
+	EXPECT_EQ(SIGSEGV, touch_write((void *)ro, 0xff));
+	EXPECT_EQ(8, atomic_load(&ro[0]));
+}
+
+TEST_F(bitmap, fresh_bitmap_is_zero)
+{
+	for (__u64 w = 0; w < bitmap_bytes(self->s.pages) / 8; w++) {
+		EXPECT_EQ(0, atomic_load(&self->s.bitmap[w]));
+	}
+}
+
+TEST_F(bitmap, on_present_sets_the_pages_that_exist)
+{
+	ASSERT_EQ(0, kdp_paging(self->vm, 1, KDP_PAGING_ON_PRESENT));
+	for (__u64 w = 0; w < self->s.pages / 64; w++) {
+		EXPECT_EQ(~0ULL, atomic_load(&self->s.bitmap[w]));
+	}
+	EXPECT_EQ((1ULL << (self->s.pages % 64)) - 1,
+		  atomic_load(&self->s.bitmap[self->s.pages / 64]) & ((1ULL << (self->s.pages % 64)) - 1));
+}
+
+TEST_F(bitmap, set_by_hand_makes_present)
+{
+	self->s.alias[77 * PAGE] = 0x77;
+	EXPECT_EQ(0, touch_or(&self->s.bitmap[77 / 64], 1ULL << (77 % 64)));
+	EXPECT_BYTE(0x77, self->s.guest + 77 * PAGE);
+	EXPECT_FALSE(event_pending(self->vm, 0));
+	EXPECT_MARK(0, &self->s, KDP_STATE_PRESENT, 77, 1);
+	EXPECT_MARK(0, &self->s, KDP_STATE_ZERO, 77, 1);
+	EXPECT_MARK(1, &self->s, KDP_STATE_ABSENT, 77, 1);
+}
+
+/* Bits past the last page name nothing: they neither count nor break anything. */
+TEST_F(bitmap, bits_past_the_end_are_ignored)
+{
+	__u64 last = self->s.pages / 64;
+
+	EXPECT_EQ(0, touch_or(&self->s.bitmap[last], ~0ULL << (self->s.pages % 64)));
+	EXPECT_EQ(0, touch_or(&self->s.bitmap[bitmap_bytes(self->s.pages) / 8 - 1], ~0ULL));
+	EXPECT_MARK(self->s.pages, &self->s, KDP_STATE_PRESENT, 0, self->s.pages);
+	EXPECT_MARK(self->s.pages, &self->s, KDP_STATE_ABSENT, 0, self->s.pages);
+	EXPECT_EQ(0, kdp_paging(self->vm, 1, KDP_PAGING_OFF));
+	EXPECT_EQ(0, kdp_paging(self->vm, 1, KDP_PAGING_ON));
+	EXPECT_EQ(0, atomic_load(&self->s.bitmap[0]));
+}
+
+TEST_F(bitmap, is_shared_by_all_processes)
+{
+	pid_t child;
+
+	EXPECT_MARK(1, &self->s, KDP_STATE_PRESENT, 1, 1);
+	child = fork();
+	if (!child) {
+		atomic_ullong *own = map(self->s.fd, PAGE, PROT_READ | PROT_WRITE,
+					 KDP_BITMAP_OFFSET);
+
+		if (own == MAP_FAILED || !bit_get(own, 1) || !bit_get(self->s.bitmap, 1))
+			_exit(1);
+		bit_set(own, 2);
+		bit_set(self->s.bitmap, 3);
+		_exit(0);
+	}
+	EXPECT_EQ(0, child_status(child));
+	EXPECT_EQ(0xe, atomic_load(&self->s.bitmap[0]));
+}
+
+/* Several threads set neighbouring bits: no bit is lost, by hand or by the module. */
+static void *set_odd_bits(void *arg)
+{
+	struct slot *s = arg;
+
+	for (__u64 page = 1; page < 8192; page += 2)
+		bit_set(s->bitmap, page);
+	return NULL;
+}
+
+TEST_F(bitmap, concurrent_sets_are_not_lost)
+{
+	pthread_t thread;
+	__u64 lost = 0;
+
+	ASSERT_EQ(0, pthread_create(&thread, NULL, set_odd_bits, &self->s));
+	for (__u64 page = 0; page < 8192; page += 2) {
+		EXPECT_EQ(1, kdp_mark(self->vm, 1, KDP_STATE_PRESENT, page, 1).changed);
+	}
+	ASSERT_EQ(0, pthread_join(thread, NULL));
+	for (__u64 page = 0; page < 8192; page++)
+		lost += !bit_get(self->s.bitmap, page);
+	EXPECT_EQ(0, lost);
+}
