@@ -2,7 +2,6 @@
 
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
-use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kdp_vmm::session::{Pattern, Report};
@@ -244,7 +243,6 @@ struct Progress {
     bar: Option<ProgressBar>,
     steps: usize,
     step: std::cell::Cell<usize>,
-    started: Instant,
 }
 
 impl Progress {
@@ -262,7 +260,6 @@ impl Progress {
             bar,
             steps,
             step: std::cell::Cell::new(0),
-            started: Instant::now(),
         }
     }
 
@@ -276,8 +273,7 @@ impl Progress {
             }
             // About twenty lines in all.
             None if step % self.steps.div_ceil(20) == 0 => {
-                let seconds = self.started.elapsed().as_secs();
-                eprintln!("[ {seconds:>4} s ] {}/{} {text}", step + 1, self.steps);
+                eprintln!("{}/{} {text}", step + 1, self.steps);
             }
             None => {}
         }

@@ -62,3 +62,63 @@ fn words_of(memory: &AliasMap, page: u64) -> Result<[u64; 512]> {
     }
     Ok(words)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::Order;
+    use crate::source::Image;
+
+    const PAGES: u64 = 300;
+
+    fn image_and_copy() -> (Image, AliasMap) {
+        let image = Image::generate(PAGES * PAGE_SIZE, 3).unwrap();
+        let copy = buffer(PAGES * PAGE_SIZE).unwrap();
+        let all = PageRange::new(0, PAGES);
+        image.fetch(all, &copy.volatile()).unwrap();
+        (image, copy)
+    }
+
+    #[test]
+    fn one_wrong_byte_in_a_visited_page_is_seen() {
+        let (image, memory) = image_and_copy();
+        let touch = Touch::new(0, Order::random(PAGES - 1, 1)).hash();
+        assert!(verify(&[touch.clone()], &image, &memory).unwrap().memory_ok);
+        for (page, seen) in [(PAGES - 1, false), (PAGES - 2, true)] {
+            let mut bytes = [0; PAGE_SIZE as usize];
+            memory.read(page, &mut bytes).unwrap();
+            bytes[4095] ^= 1;
+            memory.write(page, &bytes).unwrap();
+            let ok = verify(&[touch.clone()], &image, &memory).unwrap().memory_ok;
+            assert_eq!(ok, !seen, "page {page}");
+        }
+    }
+
+    #[test]
+    fn what_the_guest_writes_belongs_to_it() {
+        let (image, memory) = image_and_copy();
+        let touch = Touch::new(0, Order::sequential(PAGES)).write(9);
+        assert!(!verify(&[touch.clone()], &image, &memory).unwrap().memory_ok);
+        for page in 0..PAGES {
+            let mut bytes = [0; PAGE_SIZE as usize];
+            memory.read(page, &mut bytes).unwrap();
+            let word = touch.written(page).unwrap();
+            bytes[..8].copy_from_slice(&word.to_le_bytes());
+            memory.write(page, &bytes).unwrap();
+        }
+        assert!(verify(&[touch], &image, &memory).unwrap().memory_ok);
+    }
+
+    #[test]
+    fn checksum_depends_on_contents_and_on_which_page_has_them() {
+        let (image, memory) = image_and_copy();
+        let other = Image::generate(PAGES * PAGE_SIZE, 4).unwrap();
+        let sum = |first, image| {
+            let touch = Touch::new(0, Order::sequential(10)).first(first).hash();
+            verify(&[touch], image, &memory).unwrap().checksum
+        };
+        assert_eq!(sum(0, &image), sum(0, &image));
+        assert_ne!(sum(0, &image), sum(0, &other));
+        assert_ne!(sum(0, &image), sum(1, &image));
+    }
+}

@@ -82,7 +82,11 @@ pub fn run(args: &HandleArgs) -> Result<(), Failure> {
     let handler = Arc::new(Handler::new(vm, faults, background, config)?);
 
     let (stop, tell) = (Arc::clone(&handler), Arc::clone(&handler));
-    signals::watch(move || stop.stop(), move || print(&tell.report()))?;
+    let told = args.json.clone();
+    signals::watch(
+        move || stop.stop(),
+        move || show(&tell.report(), told.as_deref()),
+    )?;
     for pid in args
         .until_pid
         .and_then(Pid::from_raw)
@@ -243,13 +247,18 @@ fn report_until(
         ));
         if every.is_some_and(|every| last.elapsed() >= every) {
             last = Instant::now();
-            bar.suspend(|| print(&report));
-            if let Some(Err(failure)) = json.map(|path| write_json(path, &report)) {
-                tracing::warn!("{failure}");
-            }
+            bar.suspend(|| show(&report, json));
         }
     }
     bar.finish_and_clear();
+}
+
+/// Print a report, and write it to the file if there is one.
+fn show(report: &Report, json: Option<&Path>) {
+    print(report);
+    if let Some(Err(failure)) = json.map(|path| write_json(path, report)) {
+        tracing::warn!("{failure}");
+    }
 }
 
 /// Replace the file by one with this report, at once.

@@ -47,7 +47,7 @@ impl GuestProgram {
         }
     }
 
-    /// Append a parameter: the first is at [rdi], the next at [rdi + 8], and so on.
+    /// Append a parameter: the first is where rdi points, the next 8 bytes further, and so on.
     #[must_use]
     pub fn param(mut self, value: u64) -> Self {
         self.params.push(value);
