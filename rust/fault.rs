@@ -245,8 +245,10 @@ fn wait<'a>(
     // The mapping, and with it the memslot's file, may go while this thread sleeps.
     let slot: Arc<Memslot> = slot.into();
     fault.release_lock();
-    gate.wait(until);
-    slot.vm.events.leave(ticket);
+    if !gate.wait(until) {
+        // Whoever opens the gate has taken the ticket away.
+        slot.vm.events.leave(ticket);
+    }
     Ok(Outcome::Retry)
 }
 

@@ -46,18 +46,18 @@ impl Gate {
         self.done.complete_all();
     }
 
-    /// Sleeps until the gate opens, or until a signal.
-    pub(crate) fn wait(&self, until: Until) {
+    /// Sleeps until the gate opens, or until a signal; says whether it opened.
+    pub(crate) fn wait(&self, until: Until) -> bool {
         let done: *const Completion = &self.done;
         // `Completion` has one field and is a `struct completion`.
         const { assert!(size_of::<Completion>() == size_of::<bindings::completion>()) };
         let done = done.cast_mut().cast::<bindings::completion>();
-        // The caller looks at the page again in either case, so the result does not matter.
-        match until {
+        let result = match until {
             // SAFETY: `done` is an initialised completion, kept alive by `&self`.
             Until::Signal => unsafe { bindings::wait_for_completion_interruptible(done) },
             // SAFETY: As above.
             Until::Kill => unsafe { bindings::wait_for_completion_killable(done) },
         };
+        result == 0
     }
 }
