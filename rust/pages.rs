@@ -187,12 +187,15 @@ impl Pages {
         let mut page = from;
         loop {
             let chunk = self.zero.next((page / CHUNK_PAGES) as usize, usize::MAX)? as u64;
-            page = page.max(chunk * CHUNK_PAGES);
-            let end = (chunk + 1) * CHUNK_PAGES;
-            if let Some(found) = (page..end).find(|&page| self.state(page) == State::Zero) {
-                return Some(found);
+            let start = chunk * CHUNK_PAGES;
+            let zero = Self::words(&self.zero, chunk)?;
+            // Without a chunk of present bits none is set: else nothing could have become zero.
+            let present = Self::words(&self.present, chunk);
+            let from = page.saturating_sub(start);
+            if let Some(found) = bits::first_set_unless(zero, present, from) {
+                return Some(start + found);
             }
-            page = end;
+            page = start + CHUNK_PAGES;
         }
     }
 

@@ -34,7 +34,10 @@ use kernel::{
     fs::File,
     new_mutex,
     prelude::*,
-    rbtree::RBTree,
+    rbtree::{
+        RBTree,
+        RBTreeNode, //
+    },
     seq_file::SeqFile,
     seq_print,
     str::CString,
@@ -152,6 +155,10 @@ impl Vm {
             place.base_gfn,
             place.base_gfn + (place.nr_pages - 1),
         );
+        // Made before the lock is taken, and on failure dropped after it is given up: a memslot's end
+        // takes locks of its own.
+        let by_id = RBTreeNode::new(id, slot, GFP_KERNEL_ACCOUNT)?;
+        let by_last_gfn = RBTreeNode::new(last, first, GFP_KERNEL_ACCOUNT)?;
         let mut slots = self.slots.lock();
         let overlaps = slots
             .by_last_gfn
@@ -163,16 +170,8 @@ impl Vm {
         if slots.count >= KDP_MAX_MEMSLOTS {
             return Err(ENOSPC);
         }
-        slots
-            .by_last_gfn
-            .try_create_and_insert(last, first, GFP_KERNEL_ACCOUNT)?;
-        if let Err(e) = slots
-            .by_id
-            .try_create_and_insert(id, slot, GFP_KERNEL_ACCOUNT)
-        {
-            slots.by_last_gfn.remove(&last);
-            return Err(e);
-        }
+        slots.by_last_gfn.insert(by_last_gfn);
+        slots.by_id.insert(by_id);
         slots.count += 1;
         Ok(())
     }

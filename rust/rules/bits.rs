@@ -7,7 +7,11 @@
 //! ordering ("data, then bit"). A bit that becomes 0 carries no data; the lock under which the page
 //! is unmapped afterwards orders it against the faults.
 
-use super::range::ChunkPart;
+use super::range::{
+    ChunkPart,
+    CHUNK_PAGES,
+    WORD_PAGES, //
+};
 
 /// A word of bits that several parties change.
 pub trait Word {
@@ -29,6 +33,20 @@ pub fn set<W: Word>(words: &[W], part: ChunkPart) -> u64 {
     part.words()
         .map(|(i, mask)| u64::from((mask & !words[i].set_release(mask)).count_ones()))
         .sum()
+}
+
+/// The first page of a chunk, from `from` on, whose bit is set in `words` and, if there is such a bitmap,
+/// clear in `unless`.
+pub fn first_set_unless<W: Word>(words: &[W], unless: Option<&[W]>, from: u64) -> Option<u64> {
+    let part = ChunkPart {
+        chunk: 0,
+        first: from,
+        count: CHUNK_PAGES.checked_sub(from)?,
+    };
+    part.words().find_map(|(i, mask)| {
+        let word = mask & words[i].load_acquire() & !unless.map_or(0, |u| u[i].load_acquire());
+        (word != 0).then(|| i as u64 * WORD_PAGES + u64::from(word.trailing_zeros()))
+    })
 }
 
 /// Clears the bits of a part in two bitmaps; returns of how many pages this call changed either.
