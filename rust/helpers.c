@@ -29,6 +29,14 @@ void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out)
 	out->flags = vmf->flags;
 }
 
+/* Whether nothing is mapped yet at the size of a huge fault. */
+bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order)
+{
+	if (order == PMD_ORDER)
+		return pmd_none(pmdp_get_lockless(vmf->pmd));
+	return pud_none(READ_ONCE(*vmf->pud));
+}
+
 void kdp_release_fault_lock(struct vm_fault *vmf)
 {
 	release_fault_lock(vmf);

@@ -135,10 +135,6 @@ impl Fault<'_> {
         unsafe { VmaRef::from_raw(self.info.vma) }
     }
 
-    fn may_write(&self) -> bool {
-        self.vma().flags() & kernel::mm::virt::flags::WRITE != 0
-    }
-
     /// Maps the page frame where the fault is.
     #[inline]
     pub(crate) fn insert_pfn(&self, pfn: Pfn<'_>) -> Outcome {
@@ -161,15 +157,21 @@ impl Fault<'_> {
         (aligned && inside).then_some(first)
     }
 
-    /// Maps the block of `1 << order` page frames that starts at `pfn`.
+    /// Maps the block of `1 << order` page frames that starts at `pfn`. Where something is mapped
+    /// already, a page table or a block that was made read-only, a smaller page is asked for.
     pub(crate) fn insert_block(&self, pfn: Pfn<'_>, order: u32) -> Outcome {
-        let write = self.may_write();
+        // SAFETY: The fault is being handled (type invariant), and `order` is that of the call.
+        if !unsafe { c::kdp_fault_is_empty(self.raw, order) } {
+            return Outcome::Fallback;
+        }
+        // Not for writing: insert_pmd() would warn if another thread has put a page table there
+        // meanwhile. The area's own protection makes the entry writable all the same.
         // SAFETY: As in `insert_pfn()`; the order is that of the handler's call, so the page table
-        // entry that `raw` names is of that size. A read fault in a writable area maps writable, too.
+        // entry that `raw` names is of that size.
         Outcome::from_insert(unsafe {
             match order {
-                PMD_ORDER => bindings::vmf_insert_pfn_pmd(self.raw, pfn.number, write),
-                PUD_ORDER => bindings::vmf_insert_pfn_pud(self.raw, pfn.number, write),
+                PMD_ORDER => bindings::vmf_insert_pfn_pmd(self.raw, pfn.number, false),
+                PUD_ORDER => bindings::vmf_insert_pfn_pud(self.raw, pfn.number, false),
                 _ => return Outcome::Fallback,
             }
         })
