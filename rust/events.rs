@@ -117,13 +117,17 @@ impl Events {
         })
     }
 
-    /// The current thread begins to wait for a page. It must look at the page's state once more
-    /// before it sleeps at the gate.
+    /// The current thread begins to wait for a page, unless `is_absent` says that it need not.
+    ///
+    /// That is asked under the queue's lock. Who resolves changes the state before it takes this lock:
+    /// either the change is seen here, or the entry is found there. So no wake-up is lost, and there is
+    /// never an event for a page that is present: a handler would fill it over what was written since.
     pub(crate) fn enter(
         &self,
         key: Key,
         access: Access,
-    ) -> Result<(Ticket, Arc<Gate>), EnterError> {
+        is_absent: impl FnOnce() -> bool,
+    ) -> Result<Option<(Ticket, Arc<Gate>)>, EnterError> {
         let first = || {
             Ok(First {
                 access,
@@ -131,11 +135,16 @@ impl Events {
                 gate: Gate::new().map_err(|_| NoMemory)?,
             })
         };
-        let (ticket, first, is_new) = self.queue.lock().enter(key, first)?;
+        let mut queue = self.queue.lock();
+        if !is_absent() {
+            return Ok(None);
+        }
+        let (ticket, first, is_new) = queue.enter(key, first)?;
+        drop(queue);
         if is_new {
             self.readable.notify_one();
         }
-        Ok((ticket, first.gate))
+        Ok(Some((ticket, first.gate)))
     }
 
     /// The current thread no longer waits.

@@ -4,8 +4,8 @@
 //!
 //! A fault looks at the page's state and maps it under the `pages` lock for reading (memslot.rs has
 //! the lock order). It never sleeps on an absent page while it holds that lock, or the mmap or VMA
-//! lock: it queues itself, looks once more, drops the fault's lock, sleeps, and has the fault
-//! retried.
+//! lock: it queues itself, if the page is absent still, drops the fault's lock, sleeps, and has the
+//! fault retried.
 
 use crate::{
     events::Access,
@@ -223,16 +223,16 @@ fn wait<'a>(
         gfn: slot.place.base_gfn + page,
         flags: access(&fault),
     };
-    let (ticket, gate) = match slot.vm.events.enter(slot.key(page), touch) {
-        Ok(entered) => entered,
+    let pages = slot.pages.read();
+    let is_absent = || pages.state(page) == State::Absent;
+    let entered = slot.vm.events.enter(slot.key(page), touch, is_absent);
+    drop(pages);
+    let (ticket, gate) = match entered {
+        Ok(Some(entered)) => entered,
+        Ok(None) => return Err(fault),
         Err(EnterError::Closed) => return Ok(fail(&slot)),
         Err(EnterError::NoMemory) => return Ok(Outcome::OutOfMemory),
     };
-    // No lost wake-up: a resolve that did not find the ticket has changed the state before.
-    if slot.pages.read().state(page) != State::Absent {
-        slot.vm.events.leave(ticket);
-        return Err(fault);
-    }
     slot.stats.waits().add(1);
     trace::wait(slot.place.id, page, touch.flags);
     // In the kernel a signal that is not fatal does not end a fault (fault_signal_pending() in

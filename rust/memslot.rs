@@ -11,7 +11,8 @@
 //!    zero-filled once and a count of changes is exact;
 //! 3. `pages`: for reading, states do not become "not present" and nothing is unmapped or unpinned;
 //!    for writing, no fault maps a page;
-//! 4. the kernel's i_mmap lock, page table locks and MMU notifiers (KVM's mmu_lock), when unmapping.
+//! 4. the kernel's i_mmap lock, page table locks and MMU notifiers (KVM's mmu_lock), when unmapping;
+//!    the event queue's mutex (events.rs), when a fault enters it.
 //!
 //! Userspace memory is not touched under 2 and 3: that could be a fault of our own.
 //!
@@ -197,7 +198,7 @@ impl Memslot {
                 _ => pages.mark_present(part)?,
             };
             drop(pages);
-            // A waiter that enters after this looks at the state once more, and sees it changed.
+            // A waiter that enters after this sees the state changed, under the queue's lock.
             woken += self.wake(first, first + (part.count - 1));
             first += part.count;
             progress.changed += changed;

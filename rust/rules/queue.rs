@@ -6,9 +6,10 @@
 //! owner (a process that serves faults), and gone when the page is resolved or when its last waiter
 //! leaves. When its owner goes away it is unread again: an event is not lost with its reader.
 //!
-//! The caller holds one lock around all of it. A waiter enters first and looks at the page's state
-//! after that: a resolve that came in between has changed the state already, one that comes later
-//! finds the entry. So no wake-up is lost.
+//! The caller holds one lock around all of it, and a waiter looks at the page's state under that lock
+//! before it enters. Whoever resolves changes the state first and takes the lock then: either the waiter
+//! sees the change, or its entry is found. So no wake-up is lost, and no event tells of a page that is
+//! present.
 
 /// No memory for an entry.
 #[derive(Debug, PartialEq, Eq)]
