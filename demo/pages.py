@@ -1,7 +1,6 @@
 """The processes that hold and fetch pages, and huge pages to put them on."""
 
 import json
-import os
 import signal
 import subprocess
 import threading
@@ -36,6 +35,7 @@ class Tool:
         )
         self.lines = []
         self.errors = []
+        self.awaited = False
         self.changed = threading.Condition()
         self.threads = [
             threading.Thread(target=self._read, args=(self.process.stdout, self.lines), daemon=True),
@@ -48,8 +48,11 @@ class Tool:
         return self
 
     def __exit__(self, kind, value, trace):
+        early = None if self.awaited else self.process.poll()
         self.process.kill()
         self.process.wait()
+        if isinstance(value, Failure) and early is not None:
+            raise Failure(f"{value}\n{self.what} had ended by then, with status {early}; {self.said()}") from value
 
     def _read(self, stream, lines):
         for line in stream:
@@ -80,6 +83,7 @@ class Tool:
 
     def finish(self, timeout):
         """Wait until it has ended; it must have succeeded."""
+        self.awaited = True
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired as e:
@@ -101,13 +105,13 @@ class Tool:
 class Handler(Tool):
     """`kdp handle`, with a memslot of its own at /dev/kdp/NAME and its pages at `source`."""
 
-    def __init__(self, kdp, work, name, bytes_, source, timeout):
+    def __init__(self, work, name, bytes_, source, timeout):
         self.report_file = Path(work, "handler.json")
         ready = Path(work, "handler.ready")
         self.report_file.unlink(missing_ok=True)
         ready.unlink(missing_ok=True)
         super().__init__(
-            kdp, "handle", "--create", name, "--size", str(bytes_), "--hugetlb", "2M", "--source", source,
+            f"{work}/kdp", "handle", "--create", name, "--size", str(bytes_), "--hugetlb", "2M", "--source", source,
             "--ready-file", str(ready), "--json", str(self.report_file),
         )
         self.wait(ready.exists, timeout, f"/dev/kdp/{name} is there")
@@ -119,9 +123,3 @@ class Handler(Tool):
         self.process.send_signal(signal.SIGUSR1)
         self.wait(self.report_file.exists, timeout, "it reports")
         return json.loads(self.report_file.read_text("utf-8"))
-
-
-def check_tools(folder, names):
-    for name in names:
-        if not os.access(f"{folder}/{name}", os.X_OK):
-            raise Failure(f"there is no {folder}/{name}: run 'make tools'")

@@ -130,7 +130,7 @@ class Qmp:
 class Qemu:
     """One guest. Use it as a context manager: QEMU does not outlive the block."""
 
-    def __init__(self, memory_path, bytes_, work, console_rest=b"", incoming=False, data_mib=64):
+    def __init__(self, memory_path, bytes_, work, console_rest=b"", incoming=False, guest_args=""):
         self.work = work
         self.name = f"qemu-{time.monotonic_ns()}"
         monitor = f"{work}/{self.name}.qmp"
@@ -140,7 +140,7 @@ class Qemu:
         args += ["-display", "none", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         args += ["-qmp", f"unix:{monitor},server=on,wait=off", "-no-reboot"]
         args += ["-kernel", f"{work}/bzImage", "-initrd", f"{work}/initrd"]
-        args += ["-append", f"console=ttyS0 quiet panic=-1 kdp_mib={data_mib}"]
+        args += ["-append", f"console=ttyS0 quiet panic=-1 {guest_args}"]
         if incoming:
             args += ["-incoming", "defer"]
         self.errors = open(f"{work}/{self.name}.err", "w+b")

@@ -73,16 +73,26 @@ def table(title, heads, rows):
     return "\n".join(out)
 
 
+CLOCKS = {
+    "icount": "This host has no KVM for the VM, so all times are of an emulated clock: 1 ns for each instruction.",
+    "time": "All times are real time.",
+}
+
+
 def text(run):
-    guest = f"{run['memory_bytes'] // MIB} MiB guest, {run['data_mib']} MiB of it checksummed data"
+    guest = (
+        f"A Linux of {run['memory_bytes'] // MIB} MiB under an unmodified QEMU: {run['data_mib']} MiB of data that it "
+        f"verifies on and on, {run['cold_mib']} MiB that it does not touch."
+    )
     return "\n\n".join([
+        CLOCKS[run["clock"]],
         table(
-            f"Restore of a running Linux under an unmodified QEMU ({guest}), on 2 MiB huge pages, over TCP",
+            f"{guest}\nIts restore from a snapshot, on 2 MiB huge pages, over TCP:",
             ("paged in on demand", "fetched first, without us"),
             restore_rows(run),
         ),
         table(
-            f"A small VMM's guest, {run['vmm_exit']['bytes'] // MIB} MiB on {run['vmm_exit']['backing']}, random order",
+            f"The guest of a small VMM, {run['vmm_exit']['bytes'] // MIB} MiB on {run['vmm_exit']['backing']}, in random order:",
             ("fault exits", "userfaultfd"),
             vmm_rows(run),
         ),

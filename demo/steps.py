@@ -19,6 +19,13 @@ from qemu import Failure, Qemu
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / "build" / "bin"
 BUILT = ROOT / "build" / "demo"
+NEEDED = {
+    BUILT / "bzImage": "scripts/demo-image",
+    BUILT / "initrd": "scripts/demo-image",
+    BUILT / "kdp-demo-fetch": "scripts/demo-image",
+    BIN / "kdp": "make tools",
+    BIN / "kdp-vmm": "make tools",
+}
 PAGE = 4096
 ADDRESS = "127.0.0.1:7411"
 MODULE = "kvm_demand_paging"
@@ -31,8 +38,12 @@ class Settings:
     """How large the guest is, and where the demo may write."""
 
     memory: int = 256 << 20
-    data_mib: int = 64
+    data_mib: int = 32  # data that it verifies on and on
+    cold_mib: int = 0  # data that it has and does not use
     work: str = "/dev/shm/kdp-demo"
+
+    def guest_args(self):
+        return f"kdp_mib={self.data_mib} kdp_cold={self.cold_mib}"
 
 
 @dataclass
@@ -43,18 +54,17 @@ class Snapshot:
     state: str
     last_tick: int
     rest: bytes
-    boot_s: float
-    data_pages: int
+    pages: int  # that hold something
 
 
 def prepare(settings):
-    """A fresh working folder, with what QEMU boots from in it: a file there costs it no round trip to the host."""
+    """A fresh working folder, with all that is measured in it: a file there costs no round trip to the VM's host."""
     shutil.rmtree(settings.work, ignore_errors=True)
     os.makedirs(settings.work)
-    for name in ("bzImage", "initrd"):
-        if not (BUILT / name).exists():
-            raise Failure(f"there is no {BUILT / name}: run scripts/demo-image")
-        shutil.copy(BUILT / name, settings.work)
+    for path, made_by in NEEDED.items():
+        if not path.exists():
+            raise Failure(f"there is no {path}: run {made_by}")
+        shutil.copy(path, settings.work)
     if not os.path.exists("/dev/kvm"):
         raise Failure("there is no /dev/kvm: modprobe kvm_amd or kvm_intel")
 
@@ -73,9 +83,9 @@ def boot_and_snapshot(settings):
     ram, state = f"{settings.work}/ram", f"{settings.work}/state"
     with open(ram, "wb") as f:
         f.truncate(settings.memory)
-    with Qemu(ram, settings.memory, settings.work, data_mib=settings.data_mib) as qemu:
+    with Qemu(ram, settings.memory, settings.work, guest_args=settings.guest_args()) as qemu:
         console = qemu.console
-        at, up, _ = console.wait_for("^KDP-USERSPACE", 120 * SLOW, "the guest's userspace")
+        at, _, _ = console.wait_for("^KDP-USERSPACE", 120 * SLOW, "the guest's userspace")
         at, _, _ = console.wait_for("^KDP-READY", 120 * SLOW, "the guest's data", at)
         at, _, _ = console.wait_for("^KDP-VERIFY ok", 60 * SLOW, "the guest's first verification", at)
         console.wait_for("^KDP-TICK", 30 * SLOW, "a tick of the guest's counter", at)
@@ -91,8 +101,7 @@ def boot_and_snapshot(settings):
             state=state,
             last_tick=console.ticks()[-1],
             rest=console.rest,
-            boot_s=up - qemu.started,
-            data_pages=os.stat(ram).st_blocks * 512 // PAGE,
+            pages=os.stat(ram).st_blocks * 512 // PAGE,
         )
 
 
@@ -111,7 +120,7 @@ def resume(settings, snapshot, memory_path, at_first_tick=None, at_first_verify=
     second time from the beginning.
     """
     with Qemu(
-        memory_path, settings.memory, settings.work, snapshot.rest, incoming=True, data_mib=settings.data_mib
+        memory_path, settings.memory, settings.work, snapshot.rest, incoming=True, guest_args=settings.guest_args()
     ) as qemu:
         monitor = qemu.monitor(60 * SLOW)
         monitor.ignore_shared()
@@ -138,9 +147,9 @@ def resume(settings, snapshot, memory_path, at_first_tick=None, at_first_verify=
 
 
 @contextmanager
-def serving(snapshot):
+def serving(settings, snapshot):
     """`kdp serve` holds the snapshot's memory; it is not changed by who reads it."""
-    with Tool(BIN / "kdp", "serve", "--listen", ADDRESS, snapshot.ram) as server:
+    with Tool(f"{settings.work}/kdp", "serve", "--listen", ADDRESS, snapshot.ram) as server:
         server.wait(lambda: any(line.startswith("listening") for line in server.lines), 30 * SLOW, "it listens")
         yield server
 
@@ -150,7 +159,7 @@ def restore_on_device(settings, snapshot, name="demo"):
     reserve_huge_pages(settings.memory)
     reports = {}
     began = time.monotonic()
-    with Handler(BIN / "kdp", settings.work, name, settings.memory, f"tcp:{ADDRESS}", 30 * SLOW) as handler:
+    with Handler(settings.work, name, settings.memory, f"tcp:{ADDRESS}", 30 * SLOW) as handler:
         ready = time.monotonic()
         times = resume(
             settings,
@@ -174,7 +183,7 @@ def restore_after_fetch(settings, snapshot):
     subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "hugetlbfs", mount], check=True)
     try:
         began = time.monotonic()
-        with Tool(BUILT / "kdp-demo-fetch", f"tcp:{ADDRESS}", f"{mount}/ram") as fetch:
+        with Tool(f"{settings.work}/kdp-demo-fetch", f"tcp:{ADDRESS}", f"{mount}/ram") as fetch:
             report = fetch.answer(300 * SLOW)
         ready = time.monotonic()
         times = resume(settings, snapshot, f"{mount}/ram")
@@ -183,10 +192,10 @@ def restore_after_fetch(settings, snapshot):
     return times | {"before_s": ready - began, "bytes_received": report["bytes_received"]}
 
 
-def small_vmm(mode, backing, memory):
+def small_vmm(settings, mode, backing, memory):
     """The small VMM's own guest; it verifies its memory's checksum and fails if that is wrong."""
     args = ["run", "--mode", mode, "--backing", backing, "--memory", str(memory), "--json"]
-    with Tool(BIN / "kdp-vmm", *args) as vmm:
+    with Tool(f"{settings.work}/kdp-vmm", *args) as vmm:
         report = vmm.answer(180 * SLOW)
     if report.get("ok") is not True:
         raise Failure(f"kdp-vmm --mode {mode} saw a wrong checksum: {json.dumps(report)}")

@@ -7,7 +7,8 @@
  * this guest, moves its memory and lets it go on sees from the console alone whether anything was lost: the next
  * number must follow the last one, and no line may say BAD.
  *
- * The kernel's command line may set kdp_mib, the size of the data in MiB.
+ * The kernel's command line may set kdp_mib, the size of that data in MiB, and kdp_cold, that of a second file which
+ * is written and never read: most of a real guest's memory is not in use at any moment.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -25,7 +26,7 @@
 #define TICK_MS		100
 #define BLOCK		(1UL << 20)
 #define WORDS		(BLOCK / sizeof(uint64_t))
-#define MAX_BLOCKS	256
+#define MAX_BLOCKS	1024
 #define CHUNK		(64UL << 10)
 
 static uint64_t sums[MAX_BLOCKS];
@@ -73,15 +74,21 @@ static void read_block(int fd, unsigned int block)
 	}
 }
 
-static void fill(int fd, unsigned int blocks)
+/* The blocks of a file are numbered from @first. */
+static int fill(const char *path, unsigned int first, unsigned int blocks)
 {
-	for (unsigned int b = 0; b < blocks; b++) {
+	int fd = open(path, O_RDWR | O_CREAT, 0600);
+
+	if (fd < 0)
+		die(path);
+	for (unsigned int b = first; b < first + blocks; b++) {
 		for (size_t i = 0; i < WORDS; i++)
 			buffer[i] = word_at(b * WORDS + i);
 		sums[b] = sum_of(buffer, WORDS);
 		if (write(fd, buffer, BLOCK) != (ssize_t)BLOCK)
-			die("write of the data");
+			die(path);
 	}
+	return fd;
 }
 
 static void tick(void)
@@ -111,21 +118,21 @@ static void verify(int fd, unsigned int blocks)
 	}
 }
 
-static unsigned int blocks_wanted(void)
+static unsigned int wanted(const char *name, unsigned long otherwise)
 {
-	const char *text = getenv("kdp_mib");
-	unsigned long n = text ? strtoul(text, NULL, 10) : 32;
+	const char *text = getenv(name);
+	unsigned long n = text ? strtoul(text, NULL, 10) : otherwise;
 
-	if (n < 1 || n > MAX_BLOCKS) {
+	if (n > MAX_BLOCKS / 2) {
 		errno = EINVAL;
-		die("kdp_mib");
+		die(name);
 	}
 	return (unsigned int)n;
 }
 
 int main(void)
 {
-	unsigned int blocks;
+	unsigned int blocks, cold;
 	int console, fd;
 
 	mkdir("/dev", 0755);
@@ -141,15 +148,14 @@ int main(void)
 	setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
 	printf("KDP-USERSPACE\n");
 
-	blocks = blocks_wanted();
+	blocks = wanted("kdp_mib", 32);
+	cold = wanted("kdp_cold", 0);
 	mkdir("/data", 0755);
 	if (mount("data", "/data", "tmpfs", 0, "size=90%"))
 		die("mount of the tmpfs");
-	fd = open("/data/file", O_RDWR | O_CREAT, 0600);
-	if (fd < 0)
-		die("open of the data");
-	fill(fd, blocks);
-	printf("KDP-READY %u MiB\n", blocks);
+	fd = fill("/data/warm", 0, blocks);
+	fill("/data/cold", blocks, cold);
+	printf("KDP-READY\n");
 
 	switch (fork()) {
 	case -1:

@@ -131,6 +131,71 @@ TEST_F(map, write_only_by_whom_it_is_allowed)
 	EXPECT_EQ(3, self->s.alias[0]);
 }
 
+struct racer {
+	pthread_barrier_t *gate;
+	atomic_ullong *last_word;
+	volatile unsigned char *p;
+	unsigned int delay;
+	int result;
+};
+
+static void *race_touch(void *arg)
+{
+	struct racer *r = arg;
+
+	pthread_barrier_wait(r->gate);
+	for (volatile unsigned int n = r->delay; n; n--)
+		;
+	/* One of the two completes the block, and both touch it. */
+	if (r->last_word)
+		atomic_fetch_or(r->last_word, 1ULL << 63);
+	r->result = touch_write(r->p, 1);
+	return NULL;
+}
+
+/*
+ * One thread finds a block incomplete and maps a page of it, another one finds
+ * it whole and maps it as one, both for the first time.
+ */
+TEST(map_huge_and_small_faults_race)
+{
+	long tainted = read_number("/proc/sys/kernel/tainted");
+	unsigned char *area, *fresh;
+	int vm = vm_open(_metadata);
+	struct slot s;
+
+	if (!hugetlb_reserve(1))
+		SKIP(return, "no free 2 MiB page");
+	s = slot_on(_metadata, vm, 1, 512, KDP_MEMSLOT_PAGING, true);
+	area = mmap(NULL, 2 * HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, area);
+	fresh = (unsigned char *)(((uintptr_t)area + HUGE - 1) & ~(HUGE - 1));
+	for (int i = 0; i < 1500; i++) {
+		pthread_barrier_t gate;
+		struct racer r[2] = {
+			{ .gate = &gate, .p = fresh, .delay = i * 7 % 500 },
+			{ .gate = &gate, .p = fresh + PAGE, .last_word = &s.bitmap[7],
+			  .delay = i * 13 % 500 },
+		};
+		pthread_t threads[2];
+
+		ASSERT_EQ(fresh, mmap(fresh, HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+				      s.fd, 0));
+		EXPECT_EQ(0, kdp_mark(vm, 1, KDP_STATE_PRESENT, 0, 512).err);
+		EXPECT_MARK(1, &s, KDP_STATE_ABSENT, 511, 1);
+		ASSERT_EQ(0, pthread_barrier_init(&gate, NULL, 2));
+		for (int t = 0; t < 2; t++) {
+			ASSERT_EQ(0, pthread_create(&threads[t], NULL, race_touch, &r[t]));
+		}
+		for (int t = 0; t < 2; t++) {
+			ASSERT_EQ(0, pthread_join(threads[t], NULL));
+			EXPECT_EQ(0, r[t].result);
+		}
+		ASSERT_EQ(0, munmap(fresh, HUGE));
+	}
+	EXPECT_EQ(tainted, read_number("/proc/sys/kernel/tainted")) TH_LOG("the kernel has complained");
+}
+
 FIXTURE(bitmap) {
 	int vm;
 	struct slot s;

@@ -223,3 +223,56 @@ TEST_F(notify, vms_do_not_mix)
 	EXPECT_EQ(0, atomic_load(&self->t[0].done));
 	close(other_vm);
 }
+
+#define ROUNDS	1500
+
+struct runner {
+	struct slot *s;
+	atomic_int at;	/* the round that it is about to touch, from 1 */
+};
+
+static void *run_through(void *arg)
+{
+	struct runner *r = arg;
+	unsigned char val;
+
+	for (int i = 0; i < ROUNDS; i++) {
+		r->at = i + 1;
+		if (touch_read(r->s->guest + (i % PAGES) * PAGE, &val))
+			return (void *)1L;
+	}
+	r->at = ROUNDS + 1;
+	return NULL;
+}
+
+/* Invariant 3: a page is marked just when somebody begins to wait for it, and he does not sleep on. */
+TEST_F(notify, no_wake_up_is_lost)
+{
+	struct runner r = { .s = &self->s };
+	unsigned int delay = 1;
+	pthread_t thread;
+	void *result;
+
+	ASSERT_EQ(0, pthread_create(&thread, NULL, run_through, &r));
+	for (int i = 0; i < ROUNDS; i++) {
+		long long end = now_ms() + PATIENCE_MS;
+
+		while (r.at != i + 1)
+			;
+		/* Every moment of the fault gets its turn. */
+		delay = delay * 1103515245 + 12345;
+		for (volatile unsigned int n = (delay >> 16) % 4000; n; n--)
+			;
+		if (i % 3 == 0)
+			bit_set(self->s.bitmap, i % PAGES);
+		EXPECT_EQ(0, kdp_mark(self->vm, 9, KDP_STATE_PRESENT, i % PAGES, 1).err);
+		while (r.at == i + 1) {
+			ASSERT_LT(now_ms(), end) TH_LOG("in round %d somebody sleeps on", i);
+			sched_yield();
+		}
+		/* Absent again before it comes round to it. */
+		EXPECT_MARK(1, &self->s, KDP_STATE_ABSENT, i % PAGES, 1);
+	}
+	ASSERT_EQ(0, pthread_join(thread, &result));
+	EXPECT_EQ(NULL, result);
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A thread that serves the events of a VM.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_demand_paging::Event;
+
+use crate::check::Result;
+use crate::slot::Slot;
+use crate::task::Task;
+
+/// The thread. It ends when it is stopped; a failure in it ends the process at once.
+pub struct Handler {
+    stop: Arc<AtomicBool>,
+    events: Arc<AtomicU64>,
+    task: Task<()>,
+}
+
+impl Handler {
+    /// Reads events and calls `serve` for each.
+    pub fn start(
+        slot: &Arc<Slot>,
+        mut serve: impl FnMut(&Event) -> Result + Send + 'static,
+    ) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let events = Arc::new(AtomicU64::new(0));
+        let (slot, stopped, counted) = (slot.clone(), stop.clone(), events.clone());
+        let mut work = move || -> Result {
+            let mut events = Vec::new();
+            while !stopped.load(Ordering::Acquire) {
+                if !slot.vm.wait_event(Some(Duration::from_millis(10)))? {
+                    continue;
+                }
+                // Another reader may have been faster.
+                events.clear();
+                match slot.vm.read_events(&mut events, 16) {
+                    Err(e) if e.errno() == Some(libc::EAGAIN) => {}
+                    other => {
+                        other?;
+                    }
+                }
+                for event in &events {
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    serve(event)?;
+                }
+            }
+            Ok(())
+        };
+        let task = Task::spawn(move || {
+            if let Err(e) = work() {
+                // The others wait for pages that do not come.
+                eprintln!("the handler: {e}");
+                std::process::exit(1);
+            }
+        })?;
+        Ok(Self { stop, events, task })
+    }
+
+    /// Events so far.
+    pub fn events(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
+    }
+
+    /// Ends it.
+    pub fn stop(self) -> Result {
+        self.stop.store(true, Ordering::Release);
+        self.task.join("the handler")
+    }
+}

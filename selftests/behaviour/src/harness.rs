@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Runs tests, each in a process of its own, and prints TAP.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use crate::check::{Fail, Result};
+use crate::sys;
+
+/// A test.
+pub struct Test {
+    /// Its name: what it is about, and what is tested.
+    pub name: &'static str,
+    /// The test.
+    pub run: fn() -> Result,
+}
+
+/// How long a test may take, and how often it repeats what it repeats.
+const LIMIT: Duration = Duration::from_secs(60);
+const DEBUG_KERNEL_LIMIT: Duration = Duration::from_secs(300);
+
+const STATUS_SKIP: i32 = 4;
+
+fn soak() -> u32 {
+    let soak = std::env::var("KDP_SOAK").ok();
+    soak.and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
+}
+
+fn on_debug_kernel() -> bool {
+    std::env::var("KDP_KERNEL").is_ok_and(|kind| kind == "debug")
+}
+
+/// How often to repeat something that is repeated `n` times as a rule.
+pub fn rounds(n: u64) -> u64 {
+    // The debug kernel is several times as slow, and finds in fewer rounds what it is there to find.
+    let n = if on_debug_kernel() { n.div_ceil(4) } else { n };
+    n * u64::from(soak())
+}
+
+fn limit() -> Duration {
+    let limit = if on_debug_kernel() {
+        DEBUG_KERNEL_LIMIT
+    } else {
+        LIMIT
+    };
+    limit * soak()
+}
+
+enum Outcome {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
+/// Runs the tests in this order.
+pub fn run(tests: &[&Test]) -> ExitCode {
+    println!("TAP version 13\n1..{}", tests.len());
+    let mut failed = 0;
+    for (number, test) in (1..).zip(tests) {
+        let mut output = String::new();
+        let start = Instant::now();
+        let outcome = run_one(test, &mut output).unwrap_or_else(|e| Outcome::Failed(e.to_string()));
+        for line in output.lines() {
+            println!("# {line}");
+        }
+        match outcome {
+            Outcome::Passed => println!(
+                "ok {number} {} # time={}ms",
+                test.name,
+                start.elapsed().as_millis()
+            ),
+            Outcome::Skipped(why) => println!("ok {number} {} # SKIP {why}", test.name),
+            Outcome::Failed(why) => {
+                failed += 1;
+                for line in why.lines() {
+                    println!("# {line}");
+                }
+                println!("not ok {number} {}", test.name);
+            }
+        }
+        // Nothing is lost if this process is ended from outside.
+        let _ = io::stdout().flush();
+    }
+    ExitCode::from(u8::from(failed > 0))
+}
+
+fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
+    let (out, into) = sys::pipe()?;
+    // What stands in a buffer would be printed by the child, too.
+    io::stdout().flush()?;
+    let run = test.run;
+    let mut child = sys::Child::fork(move || child(run, into))?;
+    // SAFETY: the child was not waited for. It does the same; who comes first does not matter.
+    unsafe { libc::setpgid(child.pid(), child.pid()) };
+
+    let deadline = Instant::now() + limit();
+    let mut bytes = Vec::new();
+    let mut stuck = None;
+    let ended = loop {
+        drain(&out, &mut bytes, Duration::from_millis(5))?;
+        match child.wait(Duration::ZERO) {
+            Ok(ended) => break Some(ended),
+            Err(_) if Instant::now() < deadline => {}
+            Err(_) => {
+                stuck = Some(threads_of(child.pid()));
+                // SAFETY: it names the child's group.
+                unsafe { libc::kill(-child.pid(), libc::SIGKILL) };
+                break child.wait(Duration::from_secs(20)).ok();
+            }
+        }
+    };
+    // What it started goes with it.
+    // SAFETY: it names the child's group; there may be nobody left in it.
+    unsafe { libc::kill(-child.pid(), libc::SIGKILL) };
+    drain(&out, &mut bytes, Duration::ZERO)?;
+    output.push_str(&String::from_utf8_lossy(&bytes));
+
+    Ok(match (stuck, ended) {
+        (Some(threads), ended) => Outcome::Failed(format!(
+            "it did not end within {:?}{}; its threads were:\n{threads}",
+            limit(),
+            if ended.is_none() {
+                ", and could not be killed"
+            } else {
+                ""
+            },
+        )),
+        (None, Some(sys::Ended::Status(0))) => Outcome::Passed,
+        (None, Some(sys::Ended::Status(STATUS_SKIP))) => {
+            let why = output.lines().last().unwrap_or_default().to_owned();
+            output.truncate(output.trim_end().len() - why.len());
+            Outcome::Skipped(why)
+        }
+        (None, Some(sys::Ended::Status(status))) => Outcome::Failed(format!("status {status}")),
+        (None, Some(sys::Ended::Signal(signal))) => {
+            Outcome::Failed(format!("it was ended by signal {signal}"))
+        }
+        (None, None) => Outcome::Failed("it could not be waited for".to_owned()),
+    })
+}
+
+/// The test's own process.
+fn child(run: fn() -> Result, into: OwnedFd) -> Result {
+    // SAFETY: these change this process alone: its group, and where its output goes.
+    unsafe {
+        libc::setpgid(0, 0);
+        for standard in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
+            sys::check(libc::dup2(into.as_raw_fd(), standard))?;
+        }
+    }
+    drop(into);
+    let status = match run() {
+        Ok(()) => 0,
+        Err(Fail::Skip(why)) => {
+            eprintln!("{why}");
+            STATUS_SKIP
+        }
+        Err(Fail::Wrong(why)) => {
+            eprintln!("{why}");
+            1
+        }
+    };
+    // SAFETY: threads may be left that wait for pages for ever: they end with the process.
+    unsafe { libc::_exit(status) }
+}
+
+/// Reads what there is, after waiting for it that long.
+fn drain(out: &OwnedFd, bytes: &mut Vec<u8>, wait: Duration) -> Result {
+    let mut wait = wait;
+    while sys::readable(out.as_raw_fd(), wait)? {
+        let mut buffer = [0; 4096];
+        // SAFETY: no Rust reference to the buffer is used during the call.
+        let n = unsafe { libc::read(out.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+        let Some(read) = usize::try_from(n).ok().filter(|n| *n > 0) else {
+            return Ok(());
+        };
+        bytes.extend_from_slice(&buffer[..read]);
+        wait = Duration::ZERO;
+    }
+    Ok(())
+}
+
+/// Where the threads of a process are, for whoever has to find out why it hangs.
+fn threads_of(pid: i32) -> String {
+    let read = |path: String| {
+        let mut text = String::new();
+        let file = fs::File::open(path).and_then(|mut f| f.read_to_string(&mut text));
+        file.map(|_| text).unwrap_or_default()
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let mut lines = Vec::new();
+    for task in tasks.into_iter().flatten().flatten() {
+        let at = task.path().display().to_string();
+        let stack = read(format!("{at}/stack"));
+        let frames: Vec<&str> = stack
+            .lines()
+            .take(8)
+            .filter_map(|line| line.split_whitespace().nth(1))
+            .collect();
+        lines.push(format!(
+            "  {} {}: {}",
+            task.file_name().to_string_lossy(),
+            read(format!("{at}/comm")).trim(),
+            frames.join(" < "),
+        ));
+    }
+    lines.join("\n")
+}

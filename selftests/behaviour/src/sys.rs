@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The system calls that the standard library lacks, and accesses that may fail.
+
+use std::arch::global_asm;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::Once;
+use std::time::{Duration, Instant};
+
+use libc::{c_int, c_void, pid_t};
+
+use crate::check::{Fail, Result};
+
+/// An errno, if the call failed.
+pub fn check(ret: c_int) -> io::Result<c_int> {
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ret)
+}
+
+/// The number of the calling thread.
+pub fn gettid() -> i32 {
+    // SAFETY: it has no preconditions.
+    unsafe { libc::gettid() }
+}
+
+/// Two ends of a pipe: read, write.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [-1; 2];
+    // SAFETY: `fds` has room for two; the descriptors that come back are new and nobody else's.
+    unsafe {
+        check(libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC))?;
+        Ok((OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])))
+    }
+}
+
+/// The end of a pipe to write to. The other end stays open as long as the process: to close it is to wait for
+/// a writer that is in the midst of a fault.
+pub fn pipe_to_write() -> io::Result<OwnedFd> {
+    let (read, write) = pipe()?;
+    mem::forget(read);
+    Ok(write)
+}
+
+/// An eventfd at 0.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor that comes back is new and nobody else's.
+    unsafe {
+        Ok(OwnedFd::from_raw_fd(check(libc::eventfd(
+            0,
+            libc::EFD_CLOEXEC,
+        ))?))
+    }
+}
+
+/// write(2) from any address, also one that faults.
+pub fn write_from(fd: BorrowedFd<'_>, from: *const u8, len: usize) -> io::Result<usize> {
+    // SAFETY: the kernel checks the address.
+    let n = unsafe { libc::write(fd.as_raw_fd(), from.cast(), len) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// read(2) to an address in a mapping of guest memory.
+///
+/// # Safety
+///
+/// Rust references to the bytes must not exist.
+pub unsafe fn read_to(fd: BorrowedFd<'_>, to: *mut u8, len: usize) -> io::Result<usize> {
+    // SAFETY: by the caller's promise; the kernel checks the address.
+    let n = unsafe { libc::read(fd.as_raw_fd(), to.cast(), len) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Whether poll(2) finds the descriptor readable within that time.
+pub fn readable(fd: RawFd, within: Duration) -> io::Result<bool> {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let ms = c_int::try_from(within.as_millis()).unwrap_or(c_int::MAX);
+    // SAFETY: one valid entry.
+    check(unsafe { libc::poll(&mut poll, 1, ms) })?;
+    Ok(poll.revents & libc::POLLIN != 0)
+}
+
+/// A child process. It is killed and waited for when this is dropped.
+pub struct Child {
+    pid: pid_t,
+    reaped: bool,
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It exited with this status.
+    Status(i32),
+    /// This signal ended it.
+    Signal(i32),
+}
+
+impl Child {
+    /// Runs `f` in a child process. The process must have no other thread.
+    pub fn fork(f: impl FnOnce() -> Result) -> Result<Self> {
+        // Those that were joined may be about to end.
+        crate::task::until("the process has one thread", || {
+            Ok(std::fs::read_dir("/proc/self/task")?.count() == 1)
+        })?;
+        // SAFETY: the process has one thread, so the child finds no lock held.
+        let pid = check(unsafe { libc::fork() })?;
+        if pid > 0 {
+            return Ok(Self { pid, reaped: false });
+        }
+        // SAFETY: it only sets a signal of this process.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        let status = match f() {
+            Ok(()) => 0,
+            Err(Fail::Wrong(why)) => {
+                eprintln!("in a child: {why}");
+                1
+            }
+            Err(Fail::Skip(why)) => {
+                eprintln!("in a child: cannot be run here: {why}");
+                1
+            }
+        };
+        // SAFETY: ends the child without running what the parent has registered for its own end.
+        unsafe { libc::_exit(status) }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> pid_t {
+        self.pid
+    }
+
+    /// Sends it a signal.
+    pub fn kill(&self, signal: c_int) -> io::Result<()> {
+        // SAFETY: the child was not waited for, so the number is still its.
+        check(unsafe { libc::kill(self.pid, signal) }).map(drop)
+    }
+
+    /// Waits until it ends, but not longer than that.
+    pub fn wait(&mut self, within: Duration) -> Result<Ended> {
+        let deadline = Instant::now() + within;
+        loop {
+            let mut status = 0;
+            // SAFETY: `status` is valid for a write; the child was not waited for.
+            if check(unsafe { libc::waitpid(self.pid, &mut status, libc::WNOHANG) })? == self.pid {
+                self.reaped = true;
+                return Ok(if libc::WIFSIGNALED(status) {
+                    Ended::Signal(libc::WTERMSIG(status))
+                } else {
+                    Ended::Status(libc::WEXITSTATUS(status))
+                });
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "process {} has not ended within {within:?}",
+                self.pid
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until it ends well.
+    pub fn join(&mut self, within: Duration) -> Result {
+        let ended = self.wait(within)?;
+        ensure_eq!(ended, Ended::Status(0), "a child's end");
+        Ok(())
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !self.reaped {
+            // Nothing is left to be told if the child cannot be killed; the harness ends the group.
+            let _ = self.kill(libc::SIGKILL);
+            let _ = self.wait(Duration::from_secs(5));
+        }
+    }
+}
+
+extern "C" fn nothing(_signal: c_int) {}
+
+/// Lets a signal interrupt system calls and do nothing else.
+pub fn catch(signal: c_int, handler: extern "C" fn(c_int)) -> io::Result<()> {
+    // SAFETY: all zero is a valid sigaction; the handler is a function of the program.
+    unsafe {
+        let mut action: libc::sigaction = mem::zeroed();
+        action.sa_sigaction = handler as *const () as usize;
+        check(libc::sigaction(signal, &action, ptr::null_mut())).map(drop)
+    }
+}
+
+/// Lets a signal interrupt system calls and do nothing else.
+pub fn catch_idly(signal: c_int) -> io::Result<()> {
+    catch(signal, nothing)
+}
+
+/// Sends a signal to a thread of this process.
+pub fn signal_thread(tid: i32, signal: c_int) -> io::Result<()> {
+    // SAFETY: tgkill() takes any numbers.
+    let ret = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+    check(ret as c_int).map(drop)
+}
+
+/// delete_module(2), without waiting.
+pub fn delete_module(name: &std::ffi::CStr) -> io::Result<()> {
+    // SAFETY: the name is a C string.
+    let ret = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
+    check(ret as c_int).map(drop)
+}
+
+/// What an access came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// It read this; 0 for a write.
+    Value(u64),
+    /// A signal, with its si_code and si_addr.
+    Signal {
+        /// Its number.
+        signal: i32,
+        /// si_code.
+        code: i32,
+        /// si_addr.
+        address: u64,
+    },
+}
+
+#[repr(C)]
+struct Probed {
+    /// The value, or si_addr.
+    value: u64,
+    /// 0, or the signal and its code.
+    failed: u64,
+}
+
+global_asm!(
+    "kdp_probe_load:",
+    "mov rax, [rdi]",
+    "xor edx, edx",
+    "ret",
+    "kdp_probe_store:",
+    "mov [rdi], rsi",
+    "xor eax, eax",
+    "xor edx, edx",
+    "ret",
+    "kdp_probe_failed:",
+    "ret",
+);
+
+extern "C" {
+    fn kdp_probe_load(at: *const u64) -> Probed;
+    fn kdp_probe_store(at: *mut u64, value: u64) -> Probed;
+    fn kdp_probe_failed();
+}
+
+/// Continues behind a probe's access, whose first instruction is the access.
+extern "C" fn probe_failed(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel passes valid pointers to a handler with SA_SIGINFO.
+    unsafe {
+        let regs = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+        let at = regs[libc::REG_RIP as usize] as usize;
+        if at != kdp_probe_load as *const () as usize && at != kdp_probe_store as *const () as usize
+        {
+            // Not a probe's: the access is repeated, and the signal ends the process.
+            libc::signal(signal, libc::SIG_DFL);
+            return;
+        }
+        let failed = (signal as u64) | (((*info).si_code as u32 as u64) << 32);
+        regs[libc::REG_RAX as usize] = (*info).si_addr() as i64;
+        regs[libc::REG_RDX as usize] = failed as i64;
+        regs[libc::REG_RIP as usize] = kdp_probe_failed as *const () as i64;
+    }
+}
+
+fn prepare_probes() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for signal in [libc::SIGBUS, libc::SIGSEGV] {
+            // SAFETY: all zero is a valid sigaction; the handler has the prototype of SA_SIGINFO.
+            unsafe {
+                let mut action: libc::sigaction = mem::zeroed();
+                action.sa_sigaction = probe_failed as *const () as usize;
+                action.sa_flags = libc::SA_SIGINFO;
+                libc::sigaction(signal, &action, ptr::null_mut());
+            }
+        }
+    });
+}
+
+fn touched(probed: &Probed) -> Touched {
+    if probed.failed == 0 {
+        return Touched::Value(probed.value);
+    }
+    Touched::Signal {
+        signal: probed.failed as u32 as i32,
+        code: (probed.failed >> 32) as i32,
+        address: probed.value,
+    }
+}
+
+/// Reads a word at any address; SIGBUS and SIGSEGV are a result, not the end.
+pub fn load(at: *const u64) -> Touched {
+    prepare_probes();
+    // SAFETY: an access that fails is caught; one that succeeds reads initialised memory of a mapping.
+    touched(&unsafe { kdp_probe_load(at) })
+}
+
+/// Writes a word.
+///
+/// # Safety
+///
+/// The address is in a mapping of guest memory, or in none.
+pub unsafe fn store(at: *mut u64, value: u64) -> Touched {
+    prepare_probes();
+    // SAFETY: by the caller's promise; an access that fails is caught.
+    touched(&unsafe { kdp_probe_store(at, value) })
+}

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How large the entries are that map guest memory.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+
+use kdp_vmm::{Order, Touch};
+use kvm_demand_paging::{Backing, PageRange, Paging, State};
+
+use crate::check::Result;
+use crate::guest;
+use crate::slot::{Slot, BLOCK, GPA, ID, PAGE};
+use crate::sys::{self, Touched};
+
+use std::os::fd::AsFd;
+
+tests! {
+    "huge-off-maps-blocks" => off_maps_blocks,
+    "huge-off-maps-blocks-for-guests" => off_maps_blocks_for_guests,
+    "huge-absent-page-splits-its-block" => absent_page_splits_its_block,
+    "huge-absent-page-splits-its-block-for-guests" => absent_page_splits_for_guests,
+    "huge-whole-block-under-paging" => whole_block_under_paging,
+    "huge-plain-mmap-is-aligned" => plain_mmap_is_aligned,
+    "huge-off-after-small-pages" => off_after_small_pages,
+}
+
+const BLOCKS: u64 = 4;
+
+fn touch(slot: &Slot, page: u64) -> Result {
+    match sys::load(slot.address(page)) {
+        Touched::Value(_) => Ok(()),
+        other => fail!("page {page}: {other:x?}"),
+    }
+}
+
+/// Faults that mapped a page, and faults that mapped a block.
+fn faults(slot: &Slot) -> Result<(u64, u64)> {
+    Ok((slot.counter("faults")?, slot.counter("faults-huge")?))
+}
+
+/// Page tables of this process, in bytes.
+fn page_tables() -> Result<u64> {
+    let text = fs::read_to_string("/proc/self/status")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmPTE:"));
+    match line.and_then(|line| line.trim().strip_suffix(" kB")) {
+        Some(kib) => Ok(kib.trim().parse::<u64>()? << 10),
+        None => fail!("/proc/self/status says nothing of VmPTE"),
+    }
+}
+
+/// What KVM has mapped for the guests of this process, in entries of 4 KiB and of 2 MiB.
+fn kvm_pages() -> Result<(u64, u64)> {
+    let dir = "/sys/kernel/debug/kvm";
+    if !fs::exists(dir)? {
+        return crate::check::skip("debugfs is not mounted: KVM's counters cannot be read");
+    }
+    let mut sum = (0, 0);
+    let mine = format!("{}-", std::process::id());
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with(&mine) {
+            continue;
+        }
+        let read = |name: &str| -> Result<u64> {
+            let text = fs::read_to_string(entry.path().join(name))?;
+            Ok(text.trim().parse()?)
+        };
+        sum = (sum.0 + read("pages_4k")?, sum.1 + read("pages_2m")?);
+    }
+    Ok(sum)
+}
+
+/// With demand paging off a memslot on 2 MiB pages is mapped by entries of 2 MiB: one fault for a block,
+/// and no page table below it.
+fn off_maps_blocks() -> Result {
+    let pages = BLOCKS * BLOCK;
+    let slot = Slot::with(Backing::Huge2M, pages, |builder| builder.paging(false))?;
+    touch(&slot, 0)?;
+    let before = page_tables()?;
+    for page in 0..pages {
+        touch(&slot, page)?;
+    }
+    ensure_eq!(faults(&slot)?, (0, BLOCKS), "faults of pages and of blocks");
+    // Three more tables of entries for 4 KiB would be 12 KiB.
+    let grown = page_tables()?.saturating_sub(before);
+    ensure!(
+        grown < (BLOCKS - 1) * PAGE,
+        "page tables have grown by {grown} bytes"
+    );
+    Ok(())
+}
+
+/// Runs a guest that reads all pages; what KVM has mapped for it, beyond what it had.
+fn run_guest(slot: &Slot, expect_faults: bool) -> Result<(u64, u64)> {
+    let machine = slot.machine()?;
+    let before = kvm_pages()?;
+    let order = Order::sequential(slot.guest.pages());
+    let mut vcpu = machine.vcpu(0, &Touch::new(GPA, order).program())?;
+    let ran = guest::run(&mut vcpu, guest::no_fault)?;
+    ensure_eq!(ran.reports.len(), 1, "reports");
+    ensure!(!expect_faults || slot.counter("faults")? > 0, "no fault");
+    let after = kvm_pages()?;
+    // The machine's own low memory is part of both, but for what the run has touched of it.
+    Ok((after.0 - before.0, after.1 - before.1))
+}
+
+/// The same for a guest: KVM maps it by 2 MiB.
+fn off_maps_blocks_for_guests() -> Result {
+    let slot = Slot::with(Backing::Huge2M, BLOCKS * BLOCK, |b| b.paging(false))?;
+    let (small, huge) = run_guest(&slot, false)?;
+    ensure_eq!(huge, BLOCKS, "entries of 2 MiB");
+    ensure!(small < 16, "{small} entries of 4 KiB");
+    ensure_eq!(faults(&slot)?, (0, BLOCKS), "faults of pages and of blocks");
+    Ok(())
+}
+
+/// One absent page in a block: its neighbours are mapped by 4 KiB; the blocks beside it stay whole.
+fn absent_page_splits_its_block() -> Result {
+    let pages = BLOCKS * BLOCK;
+    let slot = Slot::with(Backing::Huge2M, pages, |builder| builder.paging(false))?;
+    for page in 0..pages {
+        slot.fill(page, 1)?;
+    }
+    slot.vm.set_paging(ID, Paging::OnPresent)?;
+    for page in 0..pages {
+        touch(&slot, page)?;
+    }
+    ensure_eq!(faults(&slot)?, (0, BLOCKS), "faults when all is present");
+    let absent = BLOCK + 200;
+    ensure_eq!(slot.mark(State::Absent, absent)?, 1, "pages changed");
+    slot.fill(absent, 2)?;
+    for page in (0..pages).filter(|&page| page != absent) {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(
+        faults(&slot)?,
+        (BLOCK - 1, BLOCKS),
+        "faults when one page is absent"
+    );
+    let waiting = slot.checker(absent, 2)?;
+    ensure_eq!(slot.event()?.page, absent, "the event's page");
+    slot.mark(State::Present, absent)?;
+    waiting.join("the thread")?
+}
+
+/// The same for a guest: KVM has no entry of 2 MiB for that block, even if it had one before.
+fn absent_page_splits_for_guests() -> Result {
+    let pages = BLOCKS * BLOCK;
+    let slot = Slot::with(Backing::Huge2M, pages, |builder| builder.paging(false))?;
+    slot.vm.set_paging(ID, Paging::OnPresent)?;
+    let machine = slot.machine()?;
+    let before = kvm_pages()?;
+    let guest_reads = |number: u64, from: u64, count: u64| -> Result {
+        let touch = Touch::new(GPA, Order::sequential(count)).first(from);
+        let mut vcpu = machine.vcpu(number, &touch.program())?;
+        guest::run(&mut vcpu, guest::no_fault).map(drop)
+    };
+    guest_reads(0, 0, pages)?;
+    ensure_eq!(kvm_pages()?.1 - before.1, BLOCKS, "entries of 2 MiB");
+    let small = kvm_pages()?.0;
+    // The first page of the second block.
+    ensure_eq!(slot.mark(State::Absent, BLOCK)?, 1, "pages changed");
+    ensure_eq!(
+        kvm_pages()?.1 - before.1,
+        BLOCKS - 1,
+        "entries of 2 MiB, after the call"
+    );
+    guest_reads(1, 0, BLOCK)?;
+    guest_reads(2, BLOCK + 1, pages - BLOCK - 1)?;
+    ensure_eq!(
+        kvm_pages()?.1 - before.1,
+        BLOCKS - 1,
+        "entries of 2 MiB, in the end"
+    );
+    let grown = kvm_pages()?.0 - small;
+    ensure!(
+        (BLOCK - 1..BLOCK + 15).contains(&grown),
+        "{grown} entries of 4 KiB for the rest of a block"
+    );
+    Ok(())
+}
+
+/// A block that became whole page by page, before anybody touched it, is mapped by one entry.
+fn whole_block_under_paging() -> Result {
+    let slot = Slot::new(Backing::Huge2M, BLOCKS * BLOCK)?;
+    let present = slot.memslot.bitmap()?;
+    for page in 0..BLOCK {
+        slot.fill(page, 1)?;
+        present.set(page);
+    }
+    slot.mark_range(State::Present, PageRange::new(BLOCK, BLOCK - 1))?;
+    for page in 0..BLOCK {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(faults(&slot)?, (0, 1), "faults of the whole block");
+    touch(&slot, BLOCK)?;
+    ensure_eq!(
+        faults(&slot)?,
+        (1, 1),
+        "faults after one in a block that lacks a page"
+    );
+    Ok(())
+}
+
+/// mmap() of a memslot without a wish for an address gives one that huge entries fit to.
+fn plain_mmap_is_aligned() -> Result {
+    let slot = Slot::with(Backing::Huge2M, BLOCKS * BLOCK, |b| b.paging(false))?;
+    let bytes = slot.guest.len();
+    for _ in 0..4 {
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses. The mapping stays until
+        // the process ends.
+        let address = unsafe {
+            // Something small in between, so that no address is aligned by chance.
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE as usize,
+                libc::PROT_READ,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                slot.memslot.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        ensure!(
+            address != libc::MAP_FAILED,
+            "mmap: {}",
+            std::io::Error::last_os_error()
+        );
+        ensure_eq!(
+            address as usize % (2 << 20),
+            0,
+            "the address's place in 2 MiB"
+        );
+        let (small, huge) = faults(&slot)?;
+        ensure!(
+            matches!(sys::load(address.cast()), Touched::Value(_)),
+            "the mapping cannot be read"
+        );
+        ensure_eq!(
+            faults(&slot)?,
+            (small, huge + 1),
+            "faults of the new mapping"
+        );
+    }
+    Ok(())
+}
+
+/// What was mapped by 4 KiB while it was paged is mapped by 2 MiB once paging is off.
+fn off_after_small_pages() -> Result {
+    let pages = BLOCKS * BLOCK;
+    let slot = Slot::new(Backing::Huge2M, pages)?;
+    for page in (0..pages).step_by(64) {
+        slot.place(page, 1)?;
+        slot.check(page, 1)?;
+    }
+    let small = pages / 64;
+    ensure_eq!(faults(&slot)?, (small, 0), "faults while paging");
+    slot.vm.set_paging(ID, Paging::Off)?;
+    for page in 0..pages {
+        touch(&slot, page)?;
+    }
+    ensure_eq!(
+        faults(&slot)?,
+        (small, BLOCKS),
+        "faults after paging was switched off"
+    );
+    let (_, huge) = run_guest(&slot, true)?;
+    ensure_eq!(huge, BLOCKS, "entries of 2 MiB for a guest");
+    slot.check(64, 1)
+}

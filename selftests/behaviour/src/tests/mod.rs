@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tests, by what they are about.
+
+/// The tests of a module, each with its name.
+macro_rules! tests {
+    ($($name:literal => $run:expr,)*) => {
+        pub const TESTS: &[$crate::harness::Test] = &[$(
+            $crate::harness::Test { name: $name, run: $run },
+        )*];
+    };
+}
+
+mod bitmap;
+mod fault;
+mod fault_kvm;
+mod fault_vhost;
+mod huge;
+mod lifetime;
+mod lifetime_shared;
+mod limit;
+mod notify;
+mod notify_killed;
+mod place;
+mod scale;
+mod vcpu;
+mod vcpu_stress;
+
+use crate::harness::Test;
+
+/// All of them.
+pub fn all() -> impl Iterator<Item = &'static Test> {
+    [
+        fault::TESTS,
+        fault_kvm::TESTS,
+        fault_vhost::TESTS,
+        vcpu::TESTS,
+        vcpu_stress::TESTS,
+        notify::TESTS,
+        notify_killed::TESTS,
+        lifetime::TESTS,
+        lifetime_shared::TESTS,
+        bitmap::TESTS,
+        place::TESTS,
+        huge::TESTS,
+        scale::TESTS,
+        limit::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+}

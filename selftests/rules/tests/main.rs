@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tests of the rules. A test `a::b_c` is called `rules-a-b-c` by selftests/rules/run.
+
+#![forbid(unsafe_code)]
+
+mod host;
+mod loomed;
+mod ranges;
+
+mod bits;
+mod loom_bits;
+mod loom_pages;
+mod loom_wait;
+mod loom_zero;
+mod name;
+mod queue;
+mod range;
+mod source;
+mod stage2;
+mod touch;
