@@ -12,7 +12,7 @@ use crate::check::Result;
 use crate::slot::Slot;
 use crate::task::Task;
 
-/// The thread. It ends when it is stopped; a failure in it ends the process at once.
+/// The thread. It ends when it is stopped.
 pub struct Handler {
     stop: Arc<AtomicBool>,
     events: Arc<AtomicU64>,
@@ -28,7 +28,7 @@ impl Handler {
         let stop = Arc::new(AtomicBool::new(false));
         let events = Arc::new(AtomicU64::new(0));
         let (slot, stopped, counted) = (slot.clone(), stop.clone(), events.clone());
-        let mut work = move || -> Result {
+        let work = move || -> Result {
             let mut events = Vec::new();
             while !stopped.load(Ordering::Acquire) {
                 if !slot.vm.wait_event(Some(Duration::from_millis(10)))? {
@@ -49,13 +49,7 @@ impl Handler {
             }
             Ok(())
         };
-        let task = Task::spawn(move || {
-            if let Err(e) = work() {
-                // The others wait for pages that do not come.
-                eprintln!("the handler: {e}");
-                std::process::exit(1);
-            }
-        })?;
+        let task = Task::work(work)?;
         Ok(Self { stop, events, task })
     }
 

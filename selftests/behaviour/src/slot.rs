@@ -45,7 +45,7 @@ pub struct Slot {
 }
 
 /// The memslot's id.
-pub const ID: u32 = 3;
+pub const ID: u32 = 5000;
 
 impl Slot {
     /// So many pages, all absent.
@@ -134,9 +134,9 @@ impl Slot {
     }
 
     /// A thread that reads the whole page and checks it.
-    pub fn checker(self: &Arc<Self>, page: u64, version: u64) -> Result<Task<Result>> {
+    pub fn checker(self: &Arc<Self>, page: u64, version: u64) -> Result<Task<()>> {
         let slot = self.clone();
-        Task::spawn(move || slot.check(page, version))
+        Task::work(move || slot.check(page, version))
     }
 
     /// A thread that reads one word of the page.

@@ -42,6 +42,17 @@ impl<T: Send + 'static> Task<T> {
         })
     }
 
+    /// Starts one that must not fail: if it does, it says why and ends the process, because others may wait
+    /// for it.
+    pub fn work(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
+        Self::spawn(move || {
+            f().unwrap_or_else(|e| {
+                eprintln!("{e}");
+                std::process::exit(1)
+            })
+        })
+    }
+
     /// Whether it has ended, at the latest after that time.
     pub fn ends_within(&mut self, time: Duration) -> Result<bool> {
         if self.value.is_none() {

@@ -40,7 +40,7 @@ fn resolves_an_exit_without_a_call() -> Result {
         }
         let mut vcpu = machine.vcpu(0, &touch.program())?;
         let exiting = slot.clone();
-        let task = Task::spawn(move || -> Result<_> {
+        let task = Task::work(move || -> Result<_> {
             let present = exiting.memslot.bitmap()?;
             exiting.vm.set_vcpu_exits(true)?;
             guest::run(&mut vcpu, |fault| {
@@ -60,11 +60,16 @@ fn resolves_an_exit_without_a_call() -> Result {
     Ok(())
 }
 
-/// Pages that are placed one after the other, each once in a life of the memslot: garbage at first, then
-/// filled, then their bit set.
+/// All pages, in an order in which those below a page and above it come before it and after it.
+fn scattered(pages: u64) -> impl Iterator<Item = u64> {
+    // 37 divides no number of pages that is used here.
+    (0..pages).map(move |i| i * 37 % pages)
+}
+
+/// Places all pages: each is filled, then its bit is set.
 fn place_all(slot: &Slot, version: u64, pages: u64) -> Result {
     let present = slot.memslot.bitmap()?;
-    for page in 0..pages {
+    for page in scattered(pages) {
         slot.fill(page, version)?;
         present.set(page);
     }
@@ -82,10 +87,10 @@ fn data_then_bit_threads() -> Result {
             let mut threads = Vec::new();
             for _ in 0..THREADS {
                 let (slot, placed) = (slot.clone(), placed.clone());
-                threads.push(Task::spawn(move || -> Result {
+                threads.push(Task::work(move || -> Result {
                     let present = slot.memslot.bitmap()?;
                     placed.fetch_add(1, Ordering::AcqRel);
-                    for page in 0..pages {
+                    for page in scattered(pages) {
                         while !present.is_present(page) {
                             std::thread::yield_now();
                         }
@@ -127,7 +132,7 @@ fn data_then_bit_guest() -> Result {
             }
             let mut vcpu = machine.vcpu(version, &touch.program())?;
             let exiting = slot.clone();
-            let task = Task::spawn(move || -> Result<_> {
+            let task = Task::work(move || -> Result<_> {
                 exiting.vm.set_vcpu_exits(true)?;
                 // It tries again and again, until the other thread has come to the page.
                 guest::run(&mut vcpu, |_| Ok(()))
@@ -150,16 +155,22 @@ fn data_then_mark_waiters() -> Result {
                 slot.fill(page, 666)?;
             }
             let mut threads = Vec::new();
-            for _ in 0..THREADS {
+            for thread in 0..THREADS {
                 let slot = slot.clone();
-                threads.push(Task::spawn(move || -> Result {
-                    for page in 0..pages {
+                threads.push(Task::work(move || -> Result {
+                    for i in 0..pages {
+                        // From one end, from the other, and from the middle.
+                        let page = match thread {
+                            0 => i,
+                            1 => pages - 1 - i,
+                            _ => (i + pages / 2) % pages,
+                        };
                         slot.check(page, version)?;
                     }
                     Ok(())
                 })?);
             }
-            for page in 0..pages {
+            for page in scattered(pages) {
                 slot.place(page, version)?;
             }
             for thread in threads {

@@ -91,12 +91,12 @@ fn threads_and_vcpus_on_one_page() -> Result {
             waiting.push(slot.checker(page, 7)?);
         }
         let mut waiter = machine.vcpu(0, &guest::peek(&[page]))?;
-        let waiter = Task::spawn(move || guest::run(&mut waiter, guest::no_fault))?;
+        let waiter = Task::work(move || guest::run(&mut waiter, guest::no_fault))?;
         until("three threads wait", || Ok(slot.counter("waits")? == 3))?;
 
         let mut exiter = machine.vcpu(1, &guest::peek(&[page]))?;
         let exiting = slot.clone();
-        let exiter = Task::spawn(move || -> Result<_> {
+        let exiter = Task::work(move || -> Result<_> {
             exiting.vm.set_vcpu_exits(true)?;
             guest::run(&mut exiter, |fault| {
                 ensure_eq!(fault.gpa, guest::gpa(page), "the exit's address");
@@ -145,7 +145,7 @@ fn vcpus_on_the_same_pages() -> Result {
         for number in 0..VCPUS {
             let mut vcpu = machine.vcpu(number, &touch(number).program())?;
             let (slot, claims) = (slot.clone(), claims.clone());
-            threads.push(Task::spawn(move || -> Result<_> {
+            threads.push(Task::work(move || -> Result<_> {
                 let present = slot.memslot.bitmap()?;
                 slot.vm.set_vcpu_exits(true)?;
                 guest::run(&mut vcpu, |fault| {
@@ -192,7 +192,7 @@ fn no_wake_up_is_lost() -> Result {
     let start = Arc::new(AtomicU64::new(0));
     let ended = Arc::new(AtomicU64::new(0));
     let (toucher_slot, to_start, has_ended) = (slot.clone(), start.clone(), ended.clone());
-    let toucher = Task::spawn(move || -> Result {
+    let toucher = Task::work(move || -> Result {
         let mut round = 0;
         loop {
             round += 1;
@@ -255,7 +255,7 @@ fn many_threads_many_pages() -> Result {
         let mut threads = Vec::new();
         for thread in 0..THREADS {
             let slot = slot.clone();
-            threads.push(Task::spawn(move || -> Result {
+            threads.push(Task::work(move || -> Result {
                 for i in 0..pages {
                     // Half of them from the other end.
                     let page = if thread % 2 == 0 { i } else { pages - 1 - i };
@@ -379,7 +379,7 @@ fn absent_again_while_threads_read() -> Result {
         let mut threads = Vec::new();
         for _ in 0..THREADS {
             let (slot, floors) = (slot.clone(), floors.clone());
-            threads.push(Task::spawn(move || -> Result<u64> {
+            threads.push(Task::work(move || -> Result<u64> {
                 let mut looks = 0;
                 while floors[PAGES as usize].load(Ordering::Acquire) != u64::MAX {
                     for page in 0..PAGES {

@@ -33,7 +33,7 @@ fn kvmclock_page_absent() -> Result {
         let page = pages - 3;
         let mut vcpu = machine.vcpu(0, &Clock::new(guest::gpa(page), 200).program())?;
         let vm = slot.vm.try_clone()?;
-        let mut task = Task::spawn(move || -> Result<_> {
+        let mut task = Task::work(move || -> Result<_> {
             vm.set_vcpu_exits(true)?;
             guest::run(&mut vcpu, guest::no_fault)
         })?;
@@ -77,7 +77,7 @@ fn kvmclock_page_absent_again() -> Result {
     let reads = 40_000 * rounds(4);
     let mut vcpu = machine.vcpu(0, &Clock::new(guest::gpa(page), reads).program())?;
     let (exiting, counted) = (slot.clone(), exits.clone());
-    let mut task = Task::spawn(move || -> Result<_> {
+    let mut task = Task::work(move || -> Result<_> {
         exiting.vm.set_vcpu_exits(true)?;
         guest::run(&mut vcpu, |fault| {
             ensure_eq!(fault.gpa, guest::gpa(page), "the exit's address");
@@ -108,7 +108,7 @@ fn emulator_reads() -> Result {
         let page = pages / 2;
         let mut vcpu = machine.vcpu(0, &guest::string_output(page))?;
         let vm = slot.vm.try_clone()?;
-        let mut task = Task::spawn(move || -> Result<_> {
+        let mut task = Task::work(move || -> Result<_> {
             vm.set_vcpu_exits(true)?;
             guest::run(&mut vcpu, guest::no_fault)
         })?;
@@ -136,7 +136,7 @@ fn steal_time_page_absent() -> Result {
     let machine = slot.machine()?;
     let mut vcpu = machine.vcpu(0, &guest::steal_time(4))?;
     let vm = slot.vm.try_clone()?;
-    let mut task = Task::spawn(move || -> Result<_> {
+    let mut task = Task::work(move || -> Result<_> {
         vm.set_vcpu_exits(true)?;
         guest::run(&mut vcpu, guest::no_fault)
     })?;

@@ -69,7 +69,7 @@ fn fails_closed() -> Result {
         // 1: the thread has closed its fd; 2: the last one is closed.
         let step = Arc::new(AtomicU64::new(0));
         let steps = step.clone();
-        let exiting_vcpu = Task::spawn(move || -> Result<String> {
+        let exiting_vcpu = Task::work(move || -> Result<String> {
             vm.set_vcpu_exits(true)?;
             ensure!(
                 matches!(exiter.run()?, Stop::Fault(fault) if fault.gpa == guest::gpa(absent)),
@@ -244,7 +244,7 @@ fn signal_to_a_waiting_vcpu() -> Result {
         let slot = Slot::new(backing, pages)?;
         let machine = slot.machine()?;
         let mut vcpu = machine.vcpu(0, &guest::peek(&[4]))?;
-        let mut task = Task::spawn(move || guest::run(&mut vcpu, guest::no_fault))?;
+        let mut task = Task::work(move || guest::run(&mut vcpu, guest::no_fault))?;
         ensure_eq!(slot.event()?.access.who, Who::Guest, "who waits");
         let waits = slot.counter("waits")?;
         sys::signal_thread(task.tid, libc::SIGUSR1)?;
@@ -298,7 +298,7 @@ fn removed_under_vcpus() -> Result {
         let vm = slot.vm.try_clone()?;
         let exited = Arc::new(AtomicU64::new(0));
         let (has_exited, removed) = (exited.clone(), exited.clone());
-        let exiter = Task::spawn(move || -> Result<std::result::Result<Stop, String>> {
+        let exiter = Task::work(move || -> Result<std::result::Result<Stop, String>> {
             vm.set_vcpu_exits(true)?;
             ensure!(matches!(exiter.run()?, Stop::Fault(_)), "it did not exit");
             has_exited.store(1, Ordering::Release);

@@ -73,7 +73,7 @@ fn exit_says_no_memory() -> Result {
     let pages: Vec<u64> = (0..12).collect();
     let mut vcpu = machine.vcpu(0, &guest::peek(&pages))?;
     let exiting = slot.clone();
-    let task = Task::spawn(move || -> Result<_> {
+    let task = Task::work(move || -> Result<_> {
         exiting.vm.set_vcpu_exits(true)?;
         let mut times = 0;
         guest::run(&mut vcpu, |fault| {

@@ -97,7 +97,7 @@ fn several_readers() -> Result {
     let mut readers = Vec::new();
     for _ in 0..READERS {
         let (slot, delivered, ended) = (slot.clone(), delivered.clone(), ended.clone());
-        readers.push(Task::spawn(move || -> Result {
+        readers.push(Task::work(move || -> Result {
             while ended.load(Ordering::Acquire) == 0 {
                 slot.vm.wait_event(Some(Duration::from_millis(5)))?;
                 for event in slot.vm.events() {
@@ -112,7 +112,7 @@ fn several_readers() -> Result {
     let mut touchers = Vec::new();
     for first in 0..3 {
         let slot = slot.clone();
-        touchers.push(Task::spawn(move || -> Result {
+        touchers.push(Task::work(move || -> Result {
             for page in (0..pages).filter(|page| page % 3 == first || page % 5 == 0) {
                 slot.check(page, 1)?;
             }
@@ -153,7 +153,7 @@ fn several_reader_processes() -> Result {
         })?);
     }
     let touching = slot.clone();
-    let toucher = Task::spawn(move || -> Result {
+    let toucher = Task::work(move || -> Result {
         for page in 0..pages {
             touching.check(page, 1)?;
         }

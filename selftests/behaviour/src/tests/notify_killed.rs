@@ -84,7 +84,7 @@ fn touch(slot: &Arc<Slot>, shared: &Shared) -> Result {
     let mut threads = Vec::new();
     for thread in 0..THREADS {
         let (slot, shared) = (slot.clone(), shared.clone());
-        threads.push(Task::spawn(move || -> Result {
+        threads.push(Task::work(move || -> Result {
             for page in (0..PAGES).cycle().filter(|page| page % THREADS == thread) {
                 if shared.at(STOP).load(Ordering::Acquire) == 1 {
                     return Ok(());

@@ -2,6 +2,7 @@
 
 //! A page is placed once, however many try.
 
+use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 
@@ -34,7 +35,7 @@ fn race(one: State, other: State) -> Result {
     let rounds = rounds(400);
     let worker = |to: State, down: bool| {
         let (slot, barrier) = (slot.clone(), barrier.clone());
-        Task::spawn(move || -> Result<Vec<u64>> {
+        Task::work(move || -> Result<Vec<u64>> {
             let mut changed = Vec::new();
             for round in 0..rounds {
                 if !down {
@@ -80,50 +81,72 @@ fn race(one: State, other: State) -> Result {
     Ok(())
 }
 
-/// Invariant 2, a page is placed at most once: one thread sets bits, one calls. Each page is placed by one
-/// of them, and both are told by whom.
+/// Invariant 2, a page is placed at most once: one thread sets the bits of a word one by one, while another
+/// one places the same pages by a call. Each page is placed by one of them, and both are told by whom.
 fn call_and_bit_race() -> Result {
-    const PAGES: u64 = 300;
-    let slot = Slot::new(Backing::Shmem, PAGES)?;
-    let barrier = Arc::new(Barrier::new(2));
-    let rounds = rounds(400);
-    let (setting, at) = (slot.clone(), barrier.clone());
-    let setter = Task::spawn(move || -> Result<Vec<u64>> {
+    const FIRST: u64 = 128;
+    const PAGES: u64 = 64;
+    const DONE: u64 = u64::MAX;
+    let range = PageRange::new(FIRST, PAGES);
+    let slot = Slot::new(Backing::Shmem, 300)?;
+    // The round that may begin; the one that has ended, and what was placed in it.
+    let (begin, ended, placed) = (
+        Arc::new(AtomicU64::new(0)),
+        Arc::new(AtomicU64::new(0)),
+        Arc::new(AtomicU64::new(0)),
+    );
+    let (setting, may_begin, has_ended, has_placed) =
+        (slot.clone(), begin.clone(), ended.clone(), placed.clone());
+    let setter = Task::work(move || -> Result {
         let present = setting.memslot.bitmap()?;
-        let mut changed = Vec::new();
-        for _ in 0..rounds {
-            setting.mark_range(State::Absent, PageRange::new(0, PAGES))?;
-            at.wait();
-            changed.push((0..PAGES).rev().filter(|&page| present.set(page)).count() as u64);
-            at.wait();
-        }
-        Ok(changed)
-    })?;
-    let calling = slot.clone();
-    let caller = Task::spawn(move || -> Result<Vec<u64>> {
-        let mut changed = Vec::new();
-        for round in 0..rounds {
-            barrier.wait();
-            let len = 1 + round % 40;
-            let mut sum = 0;
-            for start in (0..PAGES).step_by(len as usize) {
-                let range = PageRange::new(start, len.min(PAGES - start));
-                sum += calling.mark_range(State::Present, range)?.changed;
+        let mut delay = 0;
+        for round in 1.. {
+            match spin_until(&may_begin, round) {
+                DONE => break,
+                _ => delay = (delay + 29) % 1500,
             }
-            changed.push(sum);
-            barrier.wait();
+            for step in 0..delay {
+                black_box(step);
+            }
+            let mine = range.iter().filter(|&page| present.set(page)).count();
+            has_placed.store(mine as u64, Ordering::Relaxed);
+            has_ended.store(round, Ordering::Release);
         }
-        Ok(changed)
+        Ok(())
     })?;
-    let (set, called) = (setter.join("the setter")??, caller.join("the caller")??);
-    for (round, (set, called)) in set.iter().zip(&called).enumerate() {
+    let mut both = 0;
+    for round in 1..=rounds(8000) {
+        begin.store(round, Ordering::Release);
+        let called = slot.mark_range(State::Present, range)?.changed;
+        spin_until(&ended, round);
+        let set = placed.load(Ordering::Relaxed);
         ensure_eq!(
             set + called,
             PAGES,
             "pages placed by bits, {set}, and by calls, {called}, in round {round}"
         );
+        both += u64::from(set > 0 && called > 0);
+        ensure_eq!(slot.mark_range(State::Absent, range)?.changed, PAGES, "pages changed");
     }
+    begin.store(DONE, Ordering::Release);
+    setter.join("the thread that sets bits")?;
+    ensure!(both > 0, "the two never met");
     Ok(())
+}
+
+/// Waits for the number, or a higher one, awake as long as that is likely to be short.
+fn spin_until(number: &AtomicU64, least: u64) -> u64 {
+    let mut looks = 0_u32;
+    loop {
+        let now = number.load(Ordering::Acquire);
+        if now >= least {
+            return now;
+        }
+        looks += 1;
+        if looks > 20_000 {
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Invariants 1 and 2: N threads touch a page in the state zero at the same time, while another one keeps
@@ -140,7 +163,7 @@ fn zero_filled_once(backing: Backing) -> Result {
     let mut threads = Vec::new();
     for thread in 0..THREADS {
         let (slot, barrier) = (slot.clone(), barrier.clone());
-        threads.push(Task::spawn(move || -> Result {
+        threads.push(Task::work(move || -> Result {
             let mine = slot.address(PAGE_NR).wrapping_add(100 * thread);
             for round in 1..=rounds {
                 barrier.wait();
@@ -165,7 +188,7 @@ fn zero_filled_once(backing: Backing) -> Result {
         })?);
     }
     let (hammering, stopped, marks) = (slot.clone(), stop.clone(), marking.clone());
-    let hammer = Task::spawn(move || -> Result {
+    let hammer = Task::work(move || -> Result {
         while !stopped.load(Ordering::Acquire) {
             hammering.mark(State::Zero, PAGE_NR)?;
             marks.fetch_add(1, Ordering::Relaxed);
@@ -225,7 +248,7 @@ fn zero_is_not_the_memfds_garbage() -> Result {
             let mut threads = Vec::new();
             for thread in 0..THREADS {
                 let (slot, barrier) = (slot.clone(), barrier.clone());
-                threads.push(Task::spawn(move || -> Result {
+                threads.push(Task::work(move || -> Result {
                     for page in 0..pages {
                         barrier.wait();
                         // The last words first, so that one thread is ahead of a slow filler.

@@ -96,15 +96,14 @@ fn one_of_many() -> Result<Arc<Slot>> {
     Ok(slot)
 }
 
-/// Adds a memslot to the VM, half of them below the first one, half above; every one has a page that is
-/// present and one that is zero.
+/// Adds a memslot to the VM. Half of them are below the first one, by id and by GFN, half above. Every one has
+/// a page that is present and one that is zero.
 fn add_slot(slot: &Slot, number: u32) -> Result<Duration> {
-    let gfn = if number % 2 == 0 {
-        u64::from(number) * 16
+    let (id, gfn) = if number % 2 == 0 {
+        (ID - 1 - number, u64::from(number) * 16)
     } else {
-        GPA / PAGE + LARGE + u64::from(number) * 16
+        (ID + 1 + number, GPA / PAGE + LARGE + u64::from(number) * 16)
     };
-    let id = 1000 + number;
     let start = Instant::now();
     let memslot = slot
         .vm

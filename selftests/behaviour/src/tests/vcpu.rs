@@ -29,7 +29,7 @@ fn exit_says_what_and_why() -> Result {
         let program = guest::read_write_execute(read, write, 42, execute);
         let mut vcpu = machine.vcpu(0, &program)?;
         let exiting = slot.clone();
-        let task = Task::spawn(move || -> Result<_> {
+        let task = Task::work(move || -> Result<_> {
             exiting.vm.set_vcpu_exits(true)?;
             guest::run(&mut vcpu, |fault| {
                 let page = (fault.gpa - guest::gpa(0)) / PAGE;
@@ -87,7 +87,7 @@ fn exit_changes_nothing() -> Result {
         let machine = slot.machine()?;
         let mut vcpu = machine.vcpu(0, &guest::peek(&[6]))?;
         let exiting = slot.clone();
-        let task = Task::spawn(move || -> Result {
+        let task = Task::work(move || -> Result {
             exiting.vm.set_vcpu_exits(true)?;
             for _ in 0..50 {
                 match vcpu.run()? {
@@ -118,7 +118,7 @@ fn exits_for_those_who_asked() -> Result {
         let mut exiter = machine.vcpu(0, &guest::peek(&wanted))?;
         let mut waiter = machine.vcpu(1, &guest::peek(&wanted))?;
         let exiting = slot.clone();
-        let exiter = Task::spawn(move || -> Result<_> {
+        let exiter = Task::work(move || -> Result<_> {
             exiting.vm.set_vcpu_exits(true)?;
             guest::run(&mut exiter, |fault| {
                 exiting.place((fault.gpa - guest::gpa(0)) / PAGE, 1)
@@ -130,7 +130,7 @@ fn exits_for_those_who_asked() -> Result {
         for &page in &wanted {
             slot.mark(State::Absent, page)?;
         }
-        let waiter = Task::spawn(move || guest::run(&mut waiter, guest::no_fault))?;
+        let waiter = Task::work(move || guest::run(&mut waiter, guest::no_fault))?;
         for &page in &wanted {
             let event = slot.event()?;
             ensure_eq!(
@@ -158,7 +158,7 @@ fn exits_can_be_switched_off() -> Result {
     let machine = slot.machine()?;
     let mut vcpu = machine.vcpu(0, &guest::peek(&[1, 2, 3]))?;
     let running = slot.clone();
-    let mut task = Task::spawn(move || -> Result {
+    let mut task = Task::work(move || -> Result {
         let word = |page| Stop::Report(content::word(page, 1, 0));
         for (page, exits) in [(1, true), (2, false), (3, true)] {
             running.vm.set_vcpu_exits(exits)?;
@@ -189,7 +189,7 @@ fn waits_without_exits() -> Result {
         let machine = slot.machine()?;
         let program = guest::read_write_execute(0, 1, 7, 2);
         let mut vcpu = machine.vcpu(0, &program)?;
-        let mut task = Task::spawn(move || guest::run(&mut vcpu, guest::no_fault))?;
+        let mut task = Task::work(move || guest::run(&mut vcpu, guest::no_fault))?;
         for page in 0..3 {
             let event = slot.event()?;
             ensure_eq!(
