@@ -17,6 +17,7 @@ setup: ## all set-up: toolbox, test kernel, module, tools (each once)
 	@scripts/kernel setup fast
 	@scripts/module fast
 	@scripts/tools build
+	@scripts/demo-image
 
 .PHONY: modules
 modules: ## the module; against your own kernel with KDIR=/path/to/its/build

@@ -109,6 +109,10 @@ impl Pages {
             State::Present
         } else if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
             State::Zero
+        } else if Self::words(&self.present, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
+            // It was zero and became present between the two looks: who sees the zero bit cleared sees
+            // the present bit, which is set first.
+            State::Present
         } else {
             State::Absent
         }

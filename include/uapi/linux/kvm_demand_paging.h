@@ -407,7 +407,13 @@ struct kdp_vcpu_exits {
  *
  * An event that was read and not yet resolved is delivered again when the
  * process that read it has closed the VM's fd or has died. It is gone when
- * nobody waits for the page any more. When the last fd of the VM is closed,
+ * nobody waits for the page any more; a thread that a signal interrupts comes
+ * back with a new event. So one page may be reported twice before it is
+ * resolved: a handler with several threads must see to it that one of them
+ * fills a page, or the second overwrites what was written since the first.
+ * A page that is present is never reported.
+ *
+ * When the last fd of the VM is closed,
  * nobody can resolve events: waiters get SIGBUS, and absent pages stay
  * inaccessible for ever.
  */
