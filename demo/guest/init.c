@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define TICK_MS		100
+#define TICK_MS		25
 #define BLOCK		(1UL << 20)
 #define WORDS		(BLOCK / sizeof(uint64_t))
 #define MAX_BLOCKS	1024

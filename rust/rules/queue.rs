@@ -3,8 +3,12 @@
 //! The queue of absent pages that somebody waits for.
 //!
 //! There is one entry per page, however many wait for it. An entry is *unread*, then *read* by an
-//! owner (a process that serves faults), and gone when the page is resolved or when its last waiter
-//! leaves. When its owner goes away it is unread again: an event is not lost with its reader.
+//! owner (a process that serves faults), and gone when the page is resolved. When its owner goes away it
+//! is unread again: an event is not lost with its reader.
+//!
+//! An entry that was never read is gone, too, when its last waiter leaves. One that was read stays: a
+//! waiter that a signal interrupts comes back, and a second event for a page that a handler is filling
+//! just now would have it filled twice, the second time over what was written since.
 //!
 //! The caller holds one lock around all of it, and a waiter looks at the page's state under that lock
 //! before it enters. Whoever resolves changes the state first and takes the lock then: either the waiter
@@ -66,6 +70,13 @@ pub struct Entry<W> {
     payload: W,
 }
 
+impl<W> Entry<W> {
+    /// Nobody waits for it, and nobody has begun on it.
+    fn is_idle(&self) -> bool {
+        self.waiters == 0 && self.deliveries == 0
+    }
+}
+
 /// What a waiter holds while it waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
@@ -92,7 +103,7 @@ pub struct Event<W> {
 ///
 /// `order` holds the sequence number of every entry of `pages`, and no other. No unread entry's
 /// number is below `cursor`, so delivering again what was read moves the cursor back and needs no
-/// memory. Every entry has a waiter. When `closed`, both maps are empty.
+/// memory. Every entry that was never read has a waiter. When `closed`, both maps are empty.
 pub struct Queue<P, O> {
     pages: P,
     order: O,
@@ -175,7 +186,7 @@ impl<P, O> Queue<P, O> {
         Ok((Ticket { key, seq }, payload, true))
     }
 
-    /// A thread no longer waits. The event of a page that nobody waits for is gone.
+    /// A thread no longer waits. An event that nobody has read nor waits for is gone.
     pub fn leave<W>(&mut self, ticket: Ticket)
     where
         P: OrderedMap<Key, Entry<W>>,
@@ -189,7 +200,7 @@ impl<P, O> Queue<P, O> {
             return;
         }
         entry.waiters -= 1;
-        if entry.waiters == 0 {
+        if entry.is_idle() {
             self.forget(&ticket.key);
         }
     }
@@ -238,6 +249,7 @@ impl<P, O> Queue<P, O> {
     pub fn unread_again<W>(&mut self, key: Key)
     where
         P: OrderedMap<Key, Entry<W>>,
+        O: OrderedMap<u64, Key>,
     {
         let Some(entry) = self.pages.get_mut(&key) else {
             return;
@@ -245,8 +257,12 @@ impl<P, O> Queue<P, O> {
         if entry.phase != Phase::Unread {
             entry.phase = Phase::Unread;
             entry.deliveries -= 1;
+            let idle = entry.is_idle();
             self.cursor = self.cursor.min(entry.seq);
             self.unread += 1;
+            if idle {
+                self.forget(&key);
+            }
         }
     }
 

@@ -392,7 +392,8 @@ struct kdp_vcpu_exits {
  * @gfn: the page, by its guest frame number
  * @access: KDP_ACCESS_* of the access that came first
  * @tid: its thread, in the reader's pid namespace; 0 if it is not visible there
- * @waiters: threads that wait for the page now
+ * @waiters: threads that wait for the page now; 0 if all of them were
+ *           interrupted or have died since an earlier delivery
  * @deliveries: how often this event has been read, this time included: above 1
  *              an earlier reader may have begun on it
  * @__reserved: 0
@@ -406,16 +407,12 @@ struct kdp_vcpu_exits {
  * cannot be written (no event is lost then), with EINTR on a signal.
  *
  * An event that was read and not yet resolved is delivered again when the
- * process that read it has closed the VM's fd or has died. It is gone when
- * nobody waits for the page any more; a thread that a signal interrupts comes
- * back with a new event. So one page may be reported twice before it is
- * resolved: a handler with several threads must see to it that one of them
- * fills a page, or the second overwrites what was written since the first.
- * A page that is present is never reported.
+ * process that read it has closed the VM's fd or has died. An event that nobody
+ * has read is gone when nobody waits for the page any more; one that was read
+ * stays until the page is resolved. A page that is present is never reported.
  *
- * When the last fd of the VM is closed,
- * nobody can resolve events: waiters get SIGBUS, and absent pages stay
- * inaccessible for ever.
+ * When the last fd of the VM is closed, nobody can resolve events: waiters get
+ * SIGBUS, and absent pages stay inaccessible for ever.
  */
 struct kdp_event {
 	__u32 type;

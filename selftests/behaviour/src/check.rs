@@ -61,7 +61,7 @@ macro_rules! ensure_eq {
         match (&$left, &$right) {
             (left, right) => {
                 if *left != *right {
-                    fail!("{}: {:x?}, not {:x?}", format_args!($($arg)+), left, right)
+                    fail!("{}: {:?}, not {:?}", format_args!($($arg)+), left, right)
                 }
             }
         }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Broken {
     Nothing,
-    /// A waiter looks at the state before it enters, and not after.
+    /// A waiter looks at the state before it enters, and not under the queue's lock.
     NoSecondLook,
     /// A resolve wakes before it changes the state.
     WakeFirst,
@@ -63,8 +63,7 @@ impl Vm {
         })
     }
 
-    fn state(&self) -> State {
-        let pages = self.pages.read().unwrap();
+    fn look(&self, pages: &Chunk) -> State {
         if self.broken == Broken::OneLook {
             pages.state_by_one_look()
         } else {
@@ -72,20 +71,27 @@ impl Vm {
         }
     }
 
-    fn enter(&self) -> Result<(Ticket, Arc<Gate>), EnterError> {
+    fn state(&self) -> State {
+        self.look(&self.pages.read().unwrap())
+    }
+
+    /// rust/events.rs: enter, unless the page is no longer absent.
+    fn enter(&self) -> Result<Option<(Ticket, Arc<Gate>)>, EnterError> {
         if self.broken == Broken::TellFirst {
             self.readable.lock().unwrap().tell_one();
         }
-        let entered = self
-            .queue
-            .lock()
-            .unwrap()
-            .enter(KEY, || Ok(Arc::new(Gate::default())));
+        let pages = self.pages.read().unwrap();
+        let mut queue = self.queue.lock().unwrap();
+        if self.broken != Broken::NoSecondLook && self.look(&pages) != State::Absent {
+            return Ok(None);
+        }
+        let entered = queue.enter(KEY, || Ok(Arc::new(Gate::default())));
+        drop((queue, pages));
         let (ticket, gate, is_new) = entered?;
         if is_new && self.broken != Broken::TellFirst {
             self.readable.lock().unwrap().tell_one();
         }
-        Ok((ticket, gate))
+        Ok(Some((ticket, gate)))
     }
 
     fn leave(&self, ticket: Ticket) {
@@ -111,14 +117,11 @@ impl Vm {
             if self.closed.load(Relaxed) {
                 return Touched::Failed;
             }
-            let Ok((ticket, gate)) = self.enter() else {
-                return Touched::Failed;
-            };
-            if self.broken == Broken::NoSecondLook || self.state() == State::Absent {
-                // Whoever opens the gate has taken the ticket away.
-                gate.wait();
-            } else {
-                self.leave(ticket);
+            match self.enter() {
+                // Whoever opens the gate takes the ticket away.
+                Ok(Some((_, gate))) => gate.wait(),
+                Ok(None) => (),
+                Err(_) => return Touched::Failed,
             }
         }
     }
@@ -250,8 +253,9 @@ fn who_is_killed_takes_nobody_elses_wake_up() {
         let vm = Vm::new(Broken::Nothing);
         let waiter = spawn(&vm, Vm::touch);
         let killed = spawn(&vm, |vm| {
-            let (ticket, _gate) = vm.enter().unwrap();
-            vm.leave(ticket);
+            if let Some((ticket, _gate)) = vm.enter().unwrap() {
+                vm.leave(ticket);
+            }
         });
         vm.mark(State::Present);
         assert_eq!(waiter.join().unwrap(), Touched::Mapped);
@@ -287,14 +291,14 @@ fn broken_tell_before_enter_is_found() {
 fn die_with_the_event(broken: Broken) {
     loom::model(move || {
         let vm = Vm::new(broken);
-        let waits = vm.enter().unwrap();
+        assert!(vm.enter().unwrap().is_some());
         let dying = spawn(&vm, |vm| {
             vm.queue.lock().unwrap().read(Owner(1));
             vm.left_by(Owner(1));
         });
         assert_eq!(vm.next(Owner(2)), KEY);
         dying.join().unwrap();
-        vm.leave(waits.0);
+        vm.wake();
         vm.assert_nobody_waits();
     });
 }

@@ -50,7 +50,7 @@ fn resolves_an_exit_without_a_call() -> Result {
                 Ok(())
             })
         })?;
-        let ran = task.join("the vCPU")??;
+        let ran = task.join("the vCPU")?;
         ensure_eq!(ran.reports, [expected], "the guest's checksum");
         ensure_eq!(ran.faults.len() as u64, pages, "exits");
         for counter in ["resolved", "events-read", "waits"] {
@@ -104,7 +104,7 @@ fn data_then_bit_threads() -> Result {
             }
             place_all(&slot, version, pages)?;
             for thread in threads {
-                thread.join("a thread")??;
+                thread.join("a thread")?;
             }
         }
         ensure_eq!(slot.counter("waits")?, 0, "waits");
@@ -138,7 +138,7 @@ fn data_then_bit_guest() -> Result {
                 guest::run(&mut vcpu, |_| Ok(()))
             })?;
             place_all(&slot, version, pages)?;
-            ensure_eq!(task.join("the vCPU")??.reports, [expected], "the checksum");
+            ensure_eq!(task.join("the vCPU")?.reports, [expected], "the checksum");
         }
     }
     Ok(())
@@ -174,7 +174,7 @@ fn data_then_mark_waiters() -> Result {
                 slot.place(page, version)?;
             }
             for thread in threads {
-                thread.join("a thread")??;
+                thread.join("a thread")?;
             }
             slot.mark_range(State::Absent, PageRange::new(0, pages))?;
         }
@@ -275,7 +275,7 @@ fn fresh_after_on() -> Result {
     let mut waiting = slot.checker(10, 2)?;
     waiting.still_waits("the thread")?;
     slot.place(10, 2)?;
-    waiting.join("the thread")??;
+    waiting.join("the thread")?;
     ensure!(
         old.is_present(10) && new.is_present(10),
         "its bit is not set"

@@ -12,7 +12,7 @@ use crate::harness::rounds;
 use crate::shared::Shared;
 use crate::slot::{words_at, Slot, BACKINGS, ID, PAGE};
 use crate::sys::{self, Child, Touched};
-use crate::task::{until, Task, PATIENCE};
+use crate::task::{until, PATIENCE};
 
 use std::sync::atomic::Ordering;
 
@@ -74,7 +74,7 @@ fn two_processes_one_memslot() -> Result {
         let waiting = slot.checker(9, 2)?;
         until("both wait", || Ok(slot.counter("waits")? == 4))?;
         slot.place(9, 2)?;
-        waiting.join("the thread")??;
+        waiting.join("the thread")?;
         child.join(PATIENCE)?;
     }
     Ok(())
@@ -184,7 +184,7 @@ fn handler_gone_vm_kept() -> Result {
         slot.place(page, 1)?;
     }
     for task in [first, second] {
-        Task::join(task, "a thread")??;
+        task.join("a thread")?;
     }
     Ok(())
 }

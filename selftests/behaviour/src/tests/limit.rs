@@ -92,7 +92,7 @@ fn exit_says_no_memory() -> Result {
             Ok(())
         })
     })?;
-    let ran = task.join("the vCPU")??;
+    let ran = task.join("the vCPU")?;
     ensure_eq!(ran.faults.len(), 12, "exits");
     let expected: Vec<u64> = pages.iter().map(|&p| content::word(p, 1, 0)).collect();
     ensure_eq!(ran.reports, expected, "what the guest read");

@@ -81,7 +81,7 @@ fn epoll_tells_every_watcher() -> Result {
         ensure!(!epoll_wait(edge, MOMENT)?, "one event, two edges");
         ensure_eq!(slot.event()?.page, page, "the event's page");
         slot.place(page, 1)?;
-        waiting.join("the thread")??;
+        waiting.join("the thread")?;
     }
     Ok(())
 }
@@ -120,11 +120,11 @@ fn several_readers() -> Result {
         })?);
     }
     for toucher in touchers {
-        toucher.join("a toucher")??;
+        toucher.join("a toucher")?;
     }
     ended.store(1, Ordering::Release);
     for reader in readers {
-        reader.join("a reader")??;
+        reader.join("a reader")?;
     }
     for (page, times) in delivered.iter().enumerate() {
         ensure_eq!(
@@ -159,7 +159,7 @@ fn several_reader_processes() -> Result {
         }
         Ok(())
     })?;
-    toucher.join("the toucher")??;
+    toucher.join("the toucher")?;
     ensure_eq!(slot.vm_counter("events-read")?, pages, "events read");
     Ok(())
 }
@@ -199,7 +199,7 @@ fn vm_passed_over_a_socket() -> Result {
     };
     send_vm(&here, &slot.vm, "guest-7")?;
     for page in 0..16 {
-        slot.checker(page, 4)?.join("a toucher")??;
+        slot.checker(page, 4)?.join("a toucher")?;
     }
     child.join(PATIENCE)
 }
@@ -227,5 +227,5 @@ fn closing_a_copy_of_the_fd() -> Result {
     })?;
     slot.fill(1, 1)?;
     ensure_eq!(slot.mark(State::Present, 1)?, 1, "pages changed");
-    waiting.join("the thread")?
+    waiting.join("the thread")
 }

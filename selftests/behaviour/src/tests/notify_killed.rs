@@ -103,7 +103,7 @@ fn touch(slot: &Arc<Slot>, shared: &Shared) -> Result {
     for mut thread in threads {
         // As long as handlers are killed and replaced.
         while !thread.ends_within(Duration::from_secs(1))? {}
-        thread.join("a toucher")??;
+        thread.join("a toucher")?;
     }
     Ok(())
 }

@@ -68,7 +68,7 @@ fn race(one: State, other: State) -> Result {
         })
     };
     let (a, b) = (worker(one, false)?, worker(other, true)?);
-    let (a, b) = (a.join("a worker")??, b.join("a worker")??);
+    let (a, b) = (a.join("a worker")?, b.join("a worker")?);
     for (round, (a, b)) in a.iter().zip(&b).enumerate() {
         ensure_eq!(
             a + b,
@@ -115,7 +115,7 @@ fn call_and_bit_race() -> Result {
         Ok(())
     })?;
     let mut both = 0;
-    for round in 1..=rounds(8000) {
+    for round in 1..=rounds(2000) {
         begin.store(round, Ordering::Release);
         let called = slot.mark_range(State::Present, range)?.changed;
         spin_until(&ended, round);
@@ -126,7 +126,11 @@ fn call_and_bit_race() -> Result {
             "pages placed by bits, {set}, and by calls, {called}, in round {round}"
         );
         both += u64::from(set > 0 && called > 0);
-        ensure_eq!(slot.mark_range(State::Absent, range)?.changed, PAGES, "pages changed");
+        ensure_eq!(
+            slot.mark_range(State::Absent, range)?.changed,
+            PAGES,
+            "pages changed"
+        );
     }
     begin.store(DONE, Ordering::Release);
     setter.join("the thread that sets bits")?;
@@ -157,7 +161,7 @@ fn zero_filled_once(backing: Backing) -> Result {
     const PAGE_NR: u64 = 7;
     let slot = Slot::new(backing, 64_u64.next_multiple_of(BLOCK))?;
     let barrier = Arc::new(Barrier::new(THREADS + 1));
-    let rounds = rounds(600);
+    let rounds = rounds(250);
     let stop = Arc::new(AtomicBool::new(false));
     let marking = Arc::new(AtomicU64::new(0));
     let mut threads = Vec::new();
@@ -214,9 +218,9 @@ fn zero_filled_once(backing: Backing) -> Result {
         barrier.wait();
     }
     stop.store(true, Ordering::Release);
-    hammer.join("the thread that marks")??;
+    hammer.join("the thread that marks")?;
     for thread in threads {
-        thread.join("a thread")??;
+        thread.join("a thread")?;
     }
     ensure_eq!(
         slot.counter("zero-filled")?,
@@ -261,7 +265,7 @@ fn zero_is_not_the_memfds_garbage() -> Result {
                 })?);
             }
             for thread in threads {
-                thread.join("a thread")??;
+                thread.join("a thread")?;
             }
         }
     }

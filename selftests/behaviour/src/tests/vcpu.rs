@@ -43,7 +43,7 @@ fn exit_says_what_and_why() -> Result {
                 exiting.place(page, 1)
             })
         })?;
-        let ran = task.join("the vCPU")??;
+        let ran = task.join("the vCPU")?;
         let expected = [
             (read, abi::KDP_EXIT_ABSENT),
             (write, abi::KDP_EXIT_ABSENT | abi::KDP_EXIT_WRITE),
@@ -102,7 +102,7 @@ fn exit_changes_nothing() -> Result {
             ensure_eq!(ran.reports, [content::word(6, 2, 0)], "what the guest read");
             Ok(())
         })?;
-        task.join("the vCPU")??;
+        task.join("the vCPU")?;
         ensure_eq!(slot.counter("exits")?, 50, "exits counted");
         ensure_eq!(slot.counter("waits")?, 0, "waits");
     }
@@ -124,7 +124,7 @@ fn exits_for_those_who_asked() -> Result {
                 exiting.place((fault.gpa - guest::gpa(0)) / PAGE, 1)
             })
         })?;
-        let ran = exiter.join("the vCPU with exits")??;
+        let ran = exiter.join("the vCPU with exits")?;
         ensure_eq!(ran.faults.len(), wanted.len(), "exits");
         slot.no_event()?;
         for &page in &wanted {
@@ -145,7 +145,7 @@ fn exits_for_those_who_asked() -> Result {
             );
             slot.place(page, 2)?;
         }
-        let ran = waiter.join("the vCPU without exits")??;
+        let ran = waiter.join("the vCPU without exits")?;
         let expected: Vec<u64> = wanted.iter().map(|&p| content::word(p, 2, 0)).collect();
         ensure_eq!(ran.reports, expected, "what the guest read");
     }
@@ -178,7 +178,7 @@ fn exits_can_be_switched_off() -> Result {
     ensure_eq!((event.page, event.access.who), (2, Who::Guest), "the event");
     task.still_waits("the vCPU")?;
     slot.place(2, 1)?;
-    task.join("the vCPU")??;
+    task.join("the vCPU")?;
     slot.no_event()
 }
 
@@ -205,7 +205,7 @@ fn waits_without_exits() -> Result {
             slot.alias.write(page, &bytes)?;
             slot.mark(State::Present, page)?;
         }
-        let ran = task.join("the vCPU")??;
+        let ran = task.join("the vCPU")?;
         ensure_eq!(ran.reports, [content::word(0, 1, 0)], "what the guest read");
         ensure_eq!(slot.counter("exits")?, 0, "exits counted");
     }

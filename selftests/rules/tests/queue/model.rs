@@ -70,7 +70,13 @@ impl Model {
         for page in &mut self.pages {
             page.waiters.retain(|&waiter| waiter != thread);
         }
-        self.pages.retain(|page| !page.waiters.is_empty());
+        self.forget_idle();
+    }
+
+    /// What nobody waits for and nobody has ever read is gone.
+    fn forget_idle(&mut self) {
+        self.pages
+            .retain(|page| !page.waiters.is_empty() || page.deliveries > 0);
     }
 
     pub fn read(&mut self, owner: Owner) -> Option<Event<u32>> {
@@ -91,6 +97,7 @@ impl Model {
                 page.deliveries -= 1;
             }
         }
+        self.forget_idle();
     }
 
     pub fn requeue(&mut self, owner: Owner) -> u32 {
