@@ -305,7 +305,7 @@ TEST_F(lifetime, killed_waiter_leaves_nothing)
 		unsigned char val;
 
 		if (!child)
-			_exit(touch_read(s->guest + 3 * PAGE, &val));
+			_exit(touch_read(s->guest + (3 + i) * PAGE, &val));
 		event_read(_metadata, s->vm);
 		ASSERT_EQ(0, kill(child, SIGKILL));
 		while (waitpid(child, NULL, WNOHANG) != child) {
