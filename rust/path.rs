@@ -78,7 +78,12 @@ impl Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        NAMES.lock().retain(|name| *name != self.0);
+        let mut names = NAMES.lock();
+        names.retain(|name| *name != self.0);
+        if names.is_empty() {
+            // A static is never dropped: its memory would be left behind by an unloaded module.
+            *names = KVec::new();
+        }
     }
 }
 
