@@ -65,7 +65,12 @@ impl Mapping for MemoryMapping {
                     return cannot_pin(&slot, &fault, page);
                 };
                 let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
-                let outcome = fault.insert_pfn(frame);
+                // Another thread may have mapped the whole block since this fault fell back to a page.
+                let outcome = if fault.is_in_block() {
+                    Outcome::Mapped
+                } else {
+                    fault.insert_pfn(frame)
+                };
                 drop(pages);
                 return mapped(&slot, fault, page, 0, outcome, exits);
             }
@@ -108,7 +113,9 @@ impl Mapping for MemoryMapping {
         let Some(block) = slot.range(first, 1 << order) else {
             return Outcome::Fallback;
         };
-        let pages = slot.pages.read();
+        // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
+        // cannot tell (walk_to_pmd() in mm/memory.c).
+        let pages = slot.pages.write();
         if !pages.all_present(block, true) {
             return Outcome::Fallback;
         }

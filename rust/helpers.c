@@ -29,6 +29,12 @@ void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out)
 	out->flags = vmf->flags;
 }
 
+/* Whether a huge entry maps where a fault of one page is. */
+bool kdp_fault_is_in_block(const struct vm_fault *vmf)
+{
+	return pmd_trans_huge(pmdp_get_lockless(vmf->pmd));
+}
+
 /* Whether nothing is mapped yet at the size of a huge fault. */
 bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order)
 {

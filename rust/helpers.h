@@ -26,6 +26,7 @@ struct kdp_fault {
 	unsigned int flags;
 };
 void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out);
+bool kdp_fault_is_in_block(const struct vm_fault *vmf);
 bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order);
 void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);

@@ -135,6 +135,14 @@ impl Fault<'_> {
         unsafe { VmaRef::from_raw(self.info.vma) }
     }
 
+    /// Whether a block has been mapped where this fault of one page is. Then no page may be inserted:
+    /// the caller's lock keeps blocks from being mapped meanwhile.
+    #[inline]
+    pub(crate) fn is_in_block(&self) -> bool {
+        // SAFETY: The fault is being handled (type invariant).
+        unsafe { c::kdp_fault_is_in_block(self.raw) }
+    }
+
     /// Maps the page frame where the fault is.
     #[inline]
     pub(crate) fn insert_pfn(&self, pfn: Pfn<'_>) -> Outcome {
