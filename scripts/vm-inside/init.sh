@@ -45,7 +45,7 @@ done
 [ -e /dev/kvm ] || tell "there is no /dev/kvm: the VM's CPU offers no virtualization"
 
 jiffies() { awk '/^jiffies:/ { print $2; exit }' /proc/timer_list; }
-export KDP_KERNEL KDP_CLOCK
+export KDP_KERNEL
 cd /kdp/src || poweroff -f
 
 if [ "$shell" = yes ]; then

@@ -59,7 +59,7 @@ def parse(argv):
     p.add_argument("--cpus", type=int, default=2)
     p.add_argument("--hugepages", type=int, default=0)
     p.add_argument("--kernel-arg", action="append", default=[])
-    p.add_argument("--icount", nargs="?", const="yes", default="no", choices=["yes", "auto"])
+    p.add_argument("--icount", action="store_true")
     p.add_argument("--timeout", type=int)
     p.add_argument("--allow-splat", action="store_true")
     command = []
@@ -77,6 +77,8 @@ def parse(argv):
             p.error("vm shell takes no command: say vm run")
         if not sys.stdin.isatty() or not sys.stdout.isatty():
             p.error("vm shell needs a terminal: say vm run -- COMMAND")
+    if args.icount:
+        args.cpus = 1
     return args
 
 
@@ -93,7 +95,6 @@ def prepare(args):
     mount("-t", "tmpfs", "tmpfs", str(HANDOVER))
     settings = {
         "KDP_KERNEL": args.kernel,
-        "KDP_CLOCK": "icount" if args.icount else "time",
         "shell": "yes" if args.action == "shell" else "no",
         "msize": MSIZE,
         "module": MODULE.format(args.kernel),
@@ -299,10 +300,7 @@ def main():
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGHUP, interrupted)
-    kvm = args.icount != "yes" and host_runs_kernels(args.kdir)
-    args.icount = args.icount == "yes" or (args.icount == "auto" and not kvm)
-    if args.icount:
-        args.cpus = 1
+    kvm = not args.icount and host_runs_kernels(args.kdir)
     prepare(args)
     path = log_path(args)
     with open(path, "wb", buffering=0) as log:
