@@ -1,17 +1,14 @@
 #!/bin/sh
 # Builds what the demo needs into build/demo: the guest's kernel (the test kernel's own image), its initramfs of one
-# program, and the client of the comparison. Runs inside the toolbox. Usage: build.sh KDIR
+# program, and the client of the comparison (built with the tools). Runs inside the toolbox. Usage: build.sh KDIR
 set -eu
 kdir=${1:?"build.sh needs the test kernel's build folder"}
 src=/kdp/src/demo
 out=/kdp/src/build/demo
-export CARGO_TARGET_DIR=/kdp/cache/target
 
 mkdir -p "$out/root"
 gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -static -s -o "$out/root/init" "$src/guest/init.c"
 (cd "$out/root" && echo init | cpio -o -H newc --quiet) >"$out/initrd.part"
 mv "$out/initrd.part" "$out/initrd"
-cp -u "$kdir/arch/x86/boot/bzImage" "$out/bzImage"
-
-cargo build --release --locked --manifest-path /kdp/src/tools/Cargo.toml -p kdp-demo-fetch
-install -t "$out" "$CARGO_TARGET_DIR/release/kdp-demo-fetch"
+cp "$kdir/arch/x86/boot/bzImage" "$out/bzImage"
+install -t "$out" /kdp/src/build/bin/kdp-demo-fetch
