@@ -16,6 +16,7 @@ use crate::{
         wait::Gate, //
     },
     rules::queue::{
+        Delivery,
         EnterError,
         Entry,
         Event,
@@ -200,12 +201,11 @@ impl Events {
         let owner = current_reader();
         let mut done = 0;
         while out.len() >= SIZE {
-            let Some(event) = self.next(owner, nonblock || done > 0)? else {
+            let Some((delivery, event)) = self.next(owner, nonblock || done > 0)? else {
                 break;
             };
-            let key = event.key;
             if let Err(e) = out.write_slice(describe(event).bytes()) {
-                self.queue.lock().unread_again(key);
+                self.queue.lock().unread_again(delivery);
                 self.readable.notify_one();
                 return if done > 0 { Ok(done) } else { Err(e) };
             }
@@ -218,11 +218,11 @@ impl Events {
     }
 
     /// The next event; waits for one, unless `at_once`.
-    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<Event<First>>> {
+    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<(Delivery, Event<First>)>> {
         let mut queue = self.queue.lock();
         loop {
-            if let Some(event) = queue.read(owner) {
-                return Ok(Some(event));
+            if let Some(delivered) = queue.read(owner) {
+                return Ok(Some(delivered));
             }
             if at_once {
                 return Ok(None);

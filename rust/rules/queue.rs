@@ -84,6 +84,13 @@ pub struct Ticket {
     seq: u64,
 }
 
+/// Names one delivery of one entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    ticket: Ticket,
+    number: u32,
+}
+
 /// An event, as it is delivered.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event<W> {
@@ -220,7 +227,7 @@ impl<P, O> Queue<P, O> {
     }
 
     /// Delivers the oldest unread event to `owner`.
-    pub fn read<W: Clone>(&mut self, owner: Owner) -> Option<Event<W>>
+    pub fn read<W: Clone>(&mut self, owner: Owner) -> Option<(Delivery, Event<W>)>
     where
         P: OrderedMap<Key, Entry<W>>,
         O: OrderedMap<u64, Key>,
@@ -235,30 +242,37 @@ impl<P, O> Queue<P, O> {
             entry.phase = Phase::Read(owner);
             entry.deliveries = entry.deliveries.saturating_add(1);
             self.unread -= 1;
-            return Some(Event {
+            let delivery = Delivery {
+                ticket: Ticket { key, seq },
+                number: entry.deliveries,
+            };
+            let event = Event {
                 key,
                 waiters: entry.waiters,
                 deliveries: entry.deliveries,
                 payload: entry.payload.clone(),
-            });
+            };
+            return Some((delivery, event));
         }
         None
     }
 
-    /// Takes back the delivery of one event: it did not reach its reader.
-    pub fn unread_again<W>(&mut self, key: Key)
+    /// Takes a delivery back: it did not reach its reader. Nothing is taken back if the page was resolved
+    /// meanwhile, or its event was delivered once more.
+    pub fn unread_again<W>(&mut self, delivery: Delivery)
     where
         P: OrderedMap<Key, Entry<W>>,
         O: OrderedMap<u64, Key>,
     {
+        let Ticket { key, seq } = delivery.ticket;
         let Some(entry) = self.pages.get_mut(&key) else {
             return;
         };
-        if entry.phase != Phase::Unread {
+        if entry.seq == seq && entry.deliveries == delivery.number && entry.phase != Phase::Unread {
             entry.phase = Phase::Unread;
             entry.deliveries -= 1;
             let idle = entry.is_idle();
-            self.cursor = self.cursor.min(entry.seq);
+            self.cursor = self.cursor.min(seq);
             self.unread += 1;
             if idle {
                 self.forget(&key);

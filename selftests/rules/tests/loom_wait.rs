@@ -155,7 +155,7 @@ impl Vm {
     fn next(&self, owner: Owner) -> Key {
         loop {
             let mut queue = self.queue.lock().unwrap();
-            if let Some(event) = queue.read(owner) {
+            if let Some((_, event)) = queue.read(owner) {
                 return event.key;
             }
             self.readable.lock().unwrap().add();

@@ -33,7 +33,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(thread, key, memory)| Op::Enter { thread, key, memory }),
         8 => thread.prop_map(|thread| Op::Leave { thread }),
         12 => owner.clone().prop_map(|owner| Op::Read { owner }),
-        4 => key().prop_map(|key| Op::UnreadAgain { key }),
+        4 => (0..4usize).prop_map(|back| Op::UnreadAgain { back }),
         4 => owner.prop_map(|owner| Op::Requeue { owner }),
         6 => (key(), last).prop_map(|(key, last)| Op::Resolve {
             slot: key.slot,
@@ -163,8 +163,20 @@ fn an_undelivered_event_does_not_count_as_delivered() {
     let mut sim = Sim::new();
     enter(&mut sim, 0, 3);
     sim.apply(Op::Read { owner: Owner(0) });
-    sim.apply(Op::UnreadAgain { key: key_of(3) });
+    sim.apply(Op::UnreadAgain { back: 0 });
     assert_eq!(sim.drain(Owner(1))[0].deliveries, 1);
+}
+
+/// Its reader went away, another one has it, and only then the first delivery turns out to have failed.
+#[test]
+fn an_undelivered_event_is_not_taken_from_the_next_reader() {
+    let mut sim = Sim::new();
+    enter(&mut sim, 0, 3);
+    sim.apply(Op::Read { owner: Owner(0) });
+    sim.apply(Op::Requeue { owner: Owner(0) });
+    sim.apply(Op::Read { owner: Owner(1) });
+    sim.apply(Op::UnreadAgain { back: 1 });
+    assert_eq!(sim.drain(Owner(2)), []);
 }
 
 /// The entry it waited at is gone and another one is there: that one's waiter must stay.

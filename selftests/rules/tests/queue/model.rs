@@ -91,9 +91,13 @@ impl Model {
         })
     }
 
-    pub fn unread_again(&mut self, key: Key) {
+    /// An event names its entry by the payload, and its delivery by the number of them.
+    pub fn unread_again(&mut self, event: &Event<u32>) {
         for page in &mut self.pages {
-            if page.key == key && page.reader.take().is_some() {
+            if page.payload == event.payload
+                && page.deliveries == event.deliveries
+                && page.reader.take().is_some()
+            {
                 page.deliveries -= 1;
             }
         }

@@ -4,7 +4,9 @@
 
 use super::model::Model;
 use crate::host::{HostMap, Memory, View};
-use kdp_rules::rules::queue::{EnterError, Entry, Event, Key, NoMemory, Owner, Queue, Ticket};
+use kdp_rules::rules::queue::{
+    Delivery, EnterError, Entry, Event, Key, NoMemory, Owner, Queue, Ticket,
+};
 use std::collections::BTreeSet;
 
 /// Threads that may wait.
@@ -38,8 +40,9 @@ pub enum Op {
     Read {
         owner: Owner,
     },
+    /// Of a delivery, so many before the last one.
     UnreadAgain {
-        key: Key,
+        back: usize,
     },
     Requeue {
         owner: Owner,
@@ -65,6 +68,8 @@ pub struct Sim {
     waiting: [Option<(Ticket, u32)>; THREADS],
     payloads: u32,
     woken: BTreeSet<u32>,
+    /// All that was ever read.
+    delivered: Vec<(Delivery, Event<u32>)>,
 }
 
 impl Sim {
@@ -81,6 +86,7 @@ impl Sim {
             waiting: [None; THREADS],
             payloads: 0,
             woken: BTreeSet::new(),
+            delivered: vec![],
         }
     }
 
@@ -123,10 +129,16 @@ impl Sim {
                     self.model.leave(thread);
                 }
             }
-            Op::Read { owner } => assert_eq!(self.queue.read(owner), self.model.read(owner)),
-            Op::UnreadAgain { key } => {
-                self.queue.unread_again(key);
-                self.model.unread_again(key);
+            Op::Read { owner } => {
+                self.read(owner);
+            }
+            Op::UnreadAgain { back } => {
+                // Most of what was delivered long ago has been resolved, or delivered again, since.
+                if let Some(at) = self.delivered.len().checked_sub(1 + back) {
+                    let (delivery, event) = &self.delivered[at];
+                    self.queue.unread_again(*delivery);
+                    self.model.unread_again(event);
+                }
             }
             Op::Requeue { owner } => {
                 assert_eq!(self.queue.requeue(owner), self.model.requeue(owner));
@@ -144,6 +156,14 @@ impl Sim {
             }
         }
         self.check();
+    }
+
+    pub fn read(&mut self, owner: Owner) -> Option<Event<u32>> {
+        let read = self.queue.read(owner);
+        let expected = self.model.read(owner);
+        assert_eq!(read.as_ref().map(|(_, event)| event), expected.as_ref());
+        self.delivered.extend(read);
+        expected
     }
 
     fn enter(&mut self, thread: usize, key: Key, memory: Option<OutOfMemory>, enough: bool) {
@@ -195,8 +215,7 @@ impl Sim {
     pub fn drain(&mut self, owner: Owner) -> Vec<Event<u32>> {
         let mut events = vec![];
         loop {
-            let event = self.queue.read(owner);
-            assert_eq!(event, self.model.read(owner));
+            let event = self.read(owner);
             self.check();
             match event {
                 Some(event) => events.push(event),
