@@ -30,6 +30,11 @@ MODULE = f"{SRC}/build/module/{{}}/kvm_demand_paging.ko"
 # Complaints that are shown; the log has all of them.
 MOST_REPORTS = 8
 
+# A VM that is not at its init by then hangs at boot, which emulated ones do now and then (in the probe of a
+# virtio device). Nothing has run in it, so another takes its place.
+BOOT_SECONDS = 180
+BOOTS = 3
+
 STATUS_SPLAT = 90
 STATUS_DIED = 91
 STATUS_TIMEOUT = 124
@@ -60,6 +65,7 @@ def parse(argv):
     p.add_argument("--hugepages", type=int, default=0)
     p.add_argument("--kernel-arg", action="append", default=[])
     p.add_argument("--icount", action="store_true")
+    p.add_argument("--plugin")
     p.add_argument("--timeout", type=int)
     p.add_argument("--allow-splat", action="store_true")
     command = []
@@ -186,6 +192,8 @@ def virtme_args(args, kvm, stderr_fd):
     # The root is read-only; the checkout, which lies in it, is exported once more to be written.
     qemu += ["-fsdev", f"local,id=kdpsrc,path={SRC},security_model=none,multidevs=remap"]
     qemu += ["-device", "virtio-9p-pci,fsdev=kdpsrc,mount_tag=kdp.src", "-no-reboot"]
+    if args.plugin:
+        qemu += ["-plugin", f"{SRC}/{args.plugin}"]
 
     out = ["virtme-run", "--kimg", f"{args.kdir}/arch/x86/boot/bzImage", "--mods", "none", "--force-9p"]
     out += ["--disable-microvm", "--memory", args.memory, "--cpus", str(args.cpus)]
@@ -202,11 +210,11 @@ def virtme_args(args, kvm, stderr_fd):
     return out + ["--qemu-opts", *qemu]
 
 
-def log_path(args):
+def log_path(args, boot):
     name = "shell" if args.action == "shell" else os.path.basename(args.command[0])
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:40]
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(f"{SRC}/build/log/vm-{stamp}-{args.kernel}-{name}-{os.getppid()}.log")
+    return Path(f"{SRC}/build/log/vm-{stamp}-{args.kernel}-{name}-{os.getppid()}{f'-{boot}' if boot > 1 else ''}.log")
 
 
 def interrupted(_signum, _frame):
@@ -218,8 +226,11 @@ class Vm:
 
     def __init__(self, args, kvm, log):
         self.args = args
-        self.log = log
+        self.booted = False
+        # What the console said last, until it has booted.
+        self.heard = b""
         console_r, console_w = os.pipe()
+        self.console = console_r
         routes = {console_r: log.fileno()}
         fds = {"stdin": None, "stdout": None, "stderr": console_w}
         passed, err_w = [], None
@@ -243,19 +254,25 @@ class Vm:
                 os.close(fd)
 
     def watch(self):
-        """Until the VM has ended. Returns False if it had to be ended at the timeout."""
-        deadline = time.monotonic() + self.args.timeout if self.args.timeout else None
+        """Until the VM has ended. Returns False if it had to be ended at the timeout, or does not boot."""
+        start = time.monotonic()
+        deadline = start + self.args.timeout if self.args.timeout else None
         with selectors.DefaultSelector() as sel:
             for fd in self.routes:
                 sel.register(fd, selectors.EVENT_READ)
             while sel.get_map():
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
+                if not self.booted and self.args.action == "run" and time.monotonic() >= start + BOOT_SECONDS:
+                    return False
                 for key, _ in sel.select(1.0):
                     data = os.read(key.fd, 1 << 16)
                     if not data:
                         sel.unregister(key.fd)
                         continue
+                    if key.fd == self.console and not self.booted:
+                        self.heard = self.heard[-64:] + data
+                        self.booted = b"vm-init: started" in self.heard
                     self.forward(self.routes[key.fd], data)
         return True
 
@@ -278,7 +295,9 @@ def verdict(args, path, status, ended):
     if len(found) > MOST_REPORTS:
         print(f"--- and {len(found) - MOST_REPORTS} times more", file=sys.stderr)
     if not ended:
-        print(f"error: the VM was ended after {args.timeout} s (--timeout). Its last lines:", file=sys.stderr)
+        booted = "vm-init: started" in text
+        why = f"was ended after {args.timeout} s (--timeout)" if booted else "does not boot"
+        print(f"error: the VM {why}. Its last lines:", file=sys.stderr)
         print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
         print(f"The whole console: {where}", file=sys.stderr)
         return STATUS_TIMEOUT
@@ -302,20 +321,27 @@ def main():
     signal.signal(signal.SIGHUP, interrupted)
     kvm = not args.icount and host_runs_kernels(args.kdir)
     prepare(args)
-    path = log_path(args)
-    with open(path, "wb", buffering=0) as log:
-        vm = Vm(args, kvm, log)
-        try:
-            ended = vm.watch()
-            if ended:
-                status = vm.process.wait()
-            else:
+    for boot in range(1, BOOTS + 1):
+        path = log_path(args, boot)
+        with open(path, "wb", buffering=0) as log:
+            vm = Vm(args, kvm, log)
+            try:
+                ended = vm.watch()
+                if ended:
+                    status = vm.process.wait()
+                else:
+                    vm.kill()
+                    status = STATUS_TIMEOUT
+            except KeyboardInterrupt:
                 vm.kill()
-                status = STATUS_TIMEOUT
-        except KeyboardInterrupt:
-            vm.kill()
-            print(f"interrupted; the console: {path.relative_to(SRC)}", file=sys.stderr)
-            return 130
+                print(f"interrupted; the console: {path.relative_to(SRC)}", file=sys.stderr)
+                return 130
+        if ended or vm.booted or boot == BOOTS or splats.scan(path.read_text(encoding="utf-8", errors="replace")):
+            break
+        print(
+            f"The VM hung at boot, for {BOOT_SECONDS} s; here is another. Its console: {path.relative_to(SRC)}",
+            file=sys.stderr,
+        )
     return verdict(args, path, status, ended)
 
 
