@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use kdp_vmm::session::Pattern;
 use kdp_vmm::{Backing, Mode};
 
 use crate::row::Clock;
@@ -71,6 +72,10 @@ pub struct RunArgs {
     #[arg(long, value_enum, value_delimiter = ',', value_name = "BACKING,…")]
     pub backings: Option<Vec<BackingArg>>,
 
+    /// The orders of visits to measure
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "PATTERN,…")]
+    pub patterns: Option<Vec<PatternArg>>,
+
     /// Numbers of pages of 4 KiB to measure, multiples of 512
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     pub pages: Option<Vec<u64>>,
@@ -114,6 +119,21 @@ impl From<BackingArg> for Backing {
         match backing {
             BackingArg::Shmem => Self::Shmem,
             BackingArg::Huge2M => Self::Huge2M,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum PatternArg {
+    Random,
+    Sequential,
+}
+
+impl From<PatternArg> for Pattern {
+    fn from(pattern: PatternArg) -> Self {
+        match pattern {
+            PatternArg::Random => Self::Random,
+            PatternArg::Sequential => Self::Sequential,
         }
     }
 }

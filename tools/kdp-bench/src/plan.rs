@@ -35,6 +35,7 @@ struct Plan {
     clock: Clock,
     modes: Vec<ModeArg>,
     backings: Vec<Backing>,
+    patterns: Vec<Pattern>,
     /// Numbers of pages, and how often everything is measured with them.
     sizes: Vec<(u64, usize)>,
 }
@@ -73,6 +74,10 @@ impl Plan {
                 || vec![Backing::Shmem, Backing::Huge2M],
                 |backings| backings.iter().map(|&backing| backing.into()).collect(),
             ),
+            patterns: args.patterns.as_ref().map_or_else(
+                || PATTERNS.to_vec(),
+                |patterns| patterns.iter().map(|&pattern| pattern.into()).collect(),
+            ),
             sizes: sizes
                 .into_iter()
                 .map(|(pages, usual)| (pages, runs(usual)))
@@ -82,7 +87,7 @@ impl Plan {
 
     fn cases(&self, pages: u64) -> Vec<Case> {
         let mut cases = Vec::new();
-        for pattern in PATTERNS {
+        for &pattern in &self.patterns {
             for &backing in &self.backings {
                 for mode in self.modes.iter().filter_map(|mode| mode.session()) {
                     cases.push(Case {
@@ -145,7 +150,7 @@ fn size(plan: &Plan, pages: u64, runs: usize, progress: &Progress) -> Result<Vec
     let mut trips = Vec::new();
     let mut copies: Vec<(Backing, Pattern, Vec<f64>)> = Vec::new();
     if plan.has(ModeArg::Limit) && plan.has(ModeArg::Floor) {
-        for pattern in PATTERNS {
+        for &pattern in &plan.patterns {
             copies.extend(
                 plan.backings
                     .iter()

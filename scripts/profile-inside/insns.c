@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * A QEMU plugin: how many instructions the VM executed, by address, between two marks in the code that it runs.
+ *
+ * The mark is `nopl disp32(%rax)` with the displacement "KDP1" (begin) or "KDP0" (end): nothing to a processor,
+ * unlikely in other code. Guests of kdp-vmm have them around what is measured.
+ *
+ * Counts go to the file of the option out=, as "ADDRESS COUNT" for each translated block that ran.
+ *
+ * QEMU's header is not packaged by Debian; these are the parts of its plugin API, version 4, that are used
+ * (include/qemu/qemu-plugin.h of QEMU 10.0).
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define API_VERSION 4
+
+struct qemu_plugin_tb;
+struct qemu_plugin_insn;
+struct qemu_info_t;
+
+extern void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id,
+		void (*cb)(uint64_t id, struct qemu_plugin_tb *tb));
+extern void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb,
+		void (*cb)(unsigned int vcpu, void *data), int flags, void *data);
+extern void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
+		void (*cb)(unsigned int vcpu, void *data), int flags, void *data);
+extern void qemu_plugin_register_atexit_cb(uint64_t id, void (*cb)(uint64_t id, void *data), void *data);
+extern size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
+extern uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
+extern struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
+extern size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *to, size_t size);
+extern size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn);
+
+__attribute__((visibility("default"))) int qemu_plugin_version = API_VERSION;
+
+struct block {
+	struct block *next;
+	uint64_t address;
+	uint64_t instructions;
+	uint64_t executed;
+};
+
+/* With -icount the VM has one CPU and everything here runs on one thread. */
+static struct block *blocks;
+static bool counting;
+static const char *out;
+
+static void begin(unsigned int vcpu, void *data)
+{
+	counting = true;
+}
+
+static void end(unsigned int vcpu, void *data)
+{
+	counting = false;
+}
+
+static void execute(unsigned int vcpu, void *data)
+{
+	struct block *block = data;
+
+	if (counting)
+		block->executed += block->instructions;
+}
+
+static void look_for_mark(struct qemu_plugin_insn *insn)
+{
+	static const unsigned char mark[] = { 0x0f, 0x1f, 0x80, 'K', 'D', 'P' };
+	unsigned char bytes[sizeof(mark) + 1];
+
+	if (qemu_plugin_insn_size(insn) != sizeof(bytes) ||
+	    qemu_plugin_insn_data(insn, bytes, sizeof(bytes)) != sizeof(bytes) ||
+	    memcmp(bytes, mark, sizeof(mark)))
+		return;
+	if (bytes[sizeof(mark)] == '1')
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, begin, 0, NULL);
+	if (bytes[sizeof(mark)] == '0')
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, end, 0, NULL);
+}
+
+static void translate(uint64_t id, struct qemu_plugin_tb *tb)
+{
+	struct block *block = malloc(sizeof(*block));
+	size_t i, n = qemu_plugin_tb_n_insns(tb);
+
+	if (!block)
+		abort();
+	/* The same address again, if other code is there now: the report adds them up. */
+	*block = (struct block){ .next = blocks, .address = qemu_plugin_tb_vaddr(tb), .instructions = n };
+	blocks = block;
+	qemu_plugin_register_vcpu_tb_exec_cb(tb, execute, 0, block);
+	for (i = 0; i < n; i++)
+		look_for_mark(qemu_plugin_tb_get_insn(tb, i));
+}
+
+static void write_out(uint64_t id, void *data)
+{
+	FILE *file = fopen(out, "w");
+
+	if (!file) {
+		perror(out);
+		return;
+	}
+	for (const struct block *block = blocks; block; block = block->next)
+		if (block->executed)
+			fprintf(file, "%llx %llu\n", (unsigned long long)block->address,
+				(unsigned long long)block->executed);
+	fclose(file);
+}
+
+__attribute__((visibility("default")))
+int qemu_plugin_install(uint64_t id, const struct qemu_info_t *info, int argc, char **argv)
+{
+	for (int i = 0; i < argc; i++)
+		if (!strncmp(argv[i], "out=", 4))
+			out = argv[i] + 4;
+	if (!out) {
+		fprintf(stderr, "insns: say out=FILE\n");
+		return -1;
+	}
+	qemu_plugin_register_vcpu_tb_trans_cb(id, translate);
+	qemu_plugin_register_atexit_cb(id, write_out, NULL);
+	return 0;
+}
