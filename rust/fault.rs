@@ -8,6 +8,7 @@
 //! fault retried.
 
 use crate::{
+    collapse,
     events::Access,
     ffi::{
         trace,
@@ -69,7 +70,9 @@ impl Mapping for MemoryMapping {
                 let outcome = if fault.is_in_block() {
                     Outcome::Mapped
                 } else {
-                    fault.insert_pfn(frame)
+                    let outcome = fault.insert_pfn(frame);
+                    collapse::consider(&slot, &pages, &fault, 0);
+                    outcome
                 };
                 drop(pages);
                 return mapped(&slot, fault, page, 0, outcome, exits);
@@ -126,10 +129,11 @@ impl Mapping for MemoryMapping {
         let page = fault.pgoff();
         let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
         let outcome = fault.insert_block(frame, order);
-        drop(pages);
         if outcome == Outcome::Fallback {
             return outcome;
         }
+        collapse::consider(&slot, &pages, &fault, order);
+        drop(pages);
         mapped(&slot, fault, page, order, outcome, exits)
     }
 }

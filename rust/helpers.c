@@ -8,6 +8,7 @@
 #include <linux/hugetlb.h>
 #include <linux/kvm_host.h>
 #include <linux/memfd.h>
+#include <linux/mman.h>
 #include <linux/pagemap.h>
 #include <linux/pid.h>
 #include <linux/sched/signal.h>
@@ -65,6 +66,76 @@ void kdp_vma_setup(struct vm_area_struct *vma, vm_flags_t flags,
 	vm_flags_set(vma, flags);
 	vma->vm_ops = ops;
 	vma->vm_private_data = owner;
+}
+
+void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags)
+{
+	vm_flags_set(vma, flags);
+}
+
+/* Whether huge faults reach the area's handler at all. */
+bool kdp_vma_may_be_huge(struct vm_area_struct *vma)
+{
+	return !vma_thp_disabled(vma, vma->vm_flags, false);
+}
+
+/*
+ * Whether there is a page table where an entry of @order could be. The mmap
+ * lock of @mm is held, and an area is mapped at @address.
+ */
+bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
+			unsigned int order)
+{
+	pgd_t *pgd = pgd_offset(mm, address);
+	p4d_t *p4d;
+	pud_t pud;
+	pmd_t pmd;
+
+	if (pgd_none(READ_ONCE(*pgd)))
+		return false;
+	p4d = p4d_offset(pgd, address);
+	if (p4d_none(READ_ONCE(*p4d)))
+		return false;
+	pud = READ_ONCE(*pud_offset(p4d, address));
+	if (!pud_present(pud) || pud_leaf(pud))
+		return false;
+	if (order == PUD_ORDER)
+		return true;
+	pmd = pmdp_get_lockless(pmd_offset(&pud, address));
+	return pmd_present(pmd) && !pmd_leaf(pmd);
+}
+
+void kdp_mmap_read_lock(struct mm_struct *mm)
+{
+	mmap_read_lock(mm);
+}
+
+void kdp_mmap_read_unlock(struct mm_struct *mm)
+{
+	mmap_read_unlock(mm);
+}
+
+int kdp_map_count(const struct mm_struct *mm)
+{
+	return READ_ONCE(mm->map_count);
+}
+
+/* Maps a range of the current process over itself, as an area of @flags is. */
+unsigned long kdp_map_anew(struct file *file, unsigned long address,
+			   unsigned long bytes, vm_flags_t flags,
+			   unsigned long pgoff)
+{
+	unsigned long prot = 0, how = MAP_SHARED | MAP_FIXED;
+
+	if (flags & VM_READ)
+		prot |= PROT_READ;
+	if (flags & VM_WRITE)
+		prot |= PROT_WRITE;
+	if (flags & VM_EXEC)
+		prot |= PROT_EXEC;
+	if (flags & VM_NORESERVE)
+		how |= MAP_NORESERVE;
+	return vm_mmap(file, address, bytes, prot, how, pgoff << PAGE_SHIFT);
 }
 
 /* memory backing */
@@ -237,6 +308,22 @@ void kdp_files_id(unsigned long *id)
 
 /* threads */
 
+struct task_struct *kdp_current(void)
+{
+	return current;
+}
+
+struct mm_struct *kdp_current_mm(void)
+{
+	return current->mm;
+}
+
+/* Whether the current thread runs task work before it sees user mode again. */
+bool kdp_current_returns_to_user(void)
+{
+	return !(current->flags & (PF_KTHREAD | PF_USER_WORKER | PF_EXITING));
+}
+
 struct pid *kdp_current_pid(void)
 {
 	return task_pid(current);
@@ -360,6 +447,11 @@ void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags)
 void kdp_trace_wait(u32 slot, u64 page, u32 access)
 {
 	trace_kdp_wait(slot, page, access);
+}
+
+void kdp_trace_collapse(u32 slot, u64 first, u64 count)
+{
+	trace_kdp_collapse(slot, first, count);
 }
 
 void kdp_trace_resolve(u32 slot, u64 first, u64 count, u64 changed, u64 woken)

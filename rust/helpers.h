@@ -31,6 +31,16 @@ bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order);
 void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
 pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma);
+void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags);
+bool kdp_vma_may_be_huge(struct vm_area_struct *vma);
+bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
+			unsigned int order);
+void kdp_mmap_read_lock(struct mm_struct *mm);
+void kdp_mmap_read_unlock(struct mm_struct *mm);
+int kdp_map_count(const struct mm_struct *mm);
+unsigned long kdp_map_anew(struct file *file, unsigned long address,
+			   unsigned long bytes, vm_flags_t flags,
+			   unsigned long pgoff);
 void kdp_vma_setup(struct vm_area_struct *vma, vm_flags_t flags,
 		   const struct vm_operations_struct *ops, void *owner);
 
@@ -63,6 +73,9 @@ bool kdp_files_hold(struct file *file);
 void kdp_files_id(unsigned long *id);
 
 /* threads */
+struct task_struct *kdp_current(void);
+struct mm_struct *kdp_current_mm(void);
+bool kdp_current_returns_to_user(void);
 struct pid *kdp_current_pid(void);
 struct pid *kdp_get_pid(struct pid *pid);
 bool kdp_pid_alive(struct pid *pid);
@@ -92,6 +105,7 @@ void kdp_tracepoint_synchronize(void);
 void kdp_trace_fault(u32 slot, u64 page, u32 access, u32 order);
 void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags);
 void kdp_trace_wait(u32 slot, u64 page, u32 access);
+void kdp_trace_collapse(u32 slot, u64 first, u64 count);
 void kdp_trace_resolve(u32 slot, u64 first, u64 count, u64 changed, u64 woken);
 
 #endif

@@ -12,6 +12,7 @@
 mod rules;
 
 mod backing;
+mod collapse;
 mod device;
 mod events;
 mod fault;

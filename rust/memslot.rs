@@ -6,7 +6,8 @@
 //!
 //! In this order, all of them may be slept under:
 //!
-//! 1. the mmap or VMA lock, if a fault holds it;
+//! 1. the turn to map a range anew, then the mmap or VMA lock (ffi/remap.rs); or the latter alone, if a
+//!    fault holds it;
 //! 2. `changes`: at most one party changes the states of the memslot's pages, so that a page is
 //!    zero-filled once and a count of changes is exact;
 //! 3. `pages`: for reading, states do not become "not present" and nothing is unmapped or unpinned;
@@ -33,6 +34,7 @@ use crate::{
             FileOps,
             Inode, //
         },
+        remap::Remapper,
         task::is_being_killed,
         trace,
         uapi::KDP_BITMAP_OFFSET,
@@ -114,6 +116,8 @@ pub(crate) struct Memslot {
     pub(crate) stats: Stats,
     inode: Inode,
     #[pin]
+    pub(crate) remapper: Remapper,
+    #[pin]
     changes: Mutex<()>,
     #[pin]
     pub(crate) pages: RwSem<Pages>,
@@ -135,6 +139,7 @@ impl Memslot {
                 backing,
                 stats: Stats::default(),
                 inode,
+                remapper <- Remapper::new(),
                 changes <- new_mutex!((), "kdp_changes"),
                 pages <- RwSem::new(pages, c"kdp_pages", kernel::static_lock_class!()),
             }),
@@ -390,6 +395,10 @@ impl FileOps for Memslot {
     }
 
     fn left_by(_this: ArcBorrow<'_, Self>, _reader: Owner) {}
+
+    fn remapper(&self) -> Option<&Remapper> {
+        Some(&self.remapper)
+    }
 
     fn release(_this: Arc<Self>) {}
 

@@ -38,6 +38,8 @@ counters! {
     faults => "faults",
     /// Blocks that a fault has mapped by one entry.
     faults_huge => "faults-huge",
+    /// Times that a range was mapped anew, to be mapped by blocks.
+    collapses => "collapses",
     /// Stage-2 faults that ended in an exit.
     exits => "exits",
     /// Times that a thread has waited.

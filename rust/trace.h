@@ -65,6 +65,24 @@ TRACE_EVENT(kdp_wait,
 		  __entry->slot, __entry->page, __entry->access)
 );
 
+/* A range of whole blocks was mapped anew. */
+TRACE_EVENT(kdp_collapse,
+	TP_PROTO(u32 slot, u64 first, u64 count),
+	TP_ARGS(slot, first, count),
+	TP_STRUCT__entry(
+		__field(u32, slot)
+		__field(u64, first)
+		__field(u64, count)
+	),
+	TP_fast_assign(
+		__entry->slot = slot;
+		__entry->first = first;
+		__entry->count = count;
+	),
+	TP_printk("slot %u first 0x%llx count %llu",
+		  __entry->slot, __entry->first, __entry->count)
+);
+
 /* A range was marked present or zero. */
 TRACE_EVENT(kdp_resolve,
 	TP_PROTO(u32 slot, u64 first, u64 count, u64 changed, u64 woken),

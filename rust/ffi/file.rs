@@ -7,6 +7,7 @@
 
 use super::{
     c,
+    remap::Remapper,
     vma::NewMapping, //
 };
 use crate::rules::queue::Owner;
@@ -78,6 +79,11 @@ pub(crate) trait FileOps: Send + Sync + Sized + 'static {
 
     /// Describes the file in /proc/PID/fdinfo.
     fn fdinfo(this: ArcBorrow<'_, Self>, m: &SeqFile);
+
+    /// What remaps its ranges, if anything does.
+    fn remapper(&self) -> Option<&Remapper> {
+        None
+    }
 }
 
 /// The file operations of `F`.
@@ -86,7 +92,7 @@ struct Fops<F, D>(PhantomData<(F, D)>);
 /// # Safety
 ///
 /// `file` is a file whose operations are those of `F`, and its private data is an `Arc<F>`.
-unsafe fn borrow<'a, F: FileOps>(file: *mut bindings::file) -> ArcBorrow<'a, F> {
+pub(super) unsafe fn borrow<'a, F: FileOps>(file: *mut bindings::file) -> ArcBorrow<'a, F> {
     // SAFETY: By the caller's promise. The data stays until the file is released, which no operation
     // on it outlives.
     unsafe { Arc::<F>::borrow((*file).private_data) }
@@ -107,8 +113,7 @@ impl<F: FileOps, D> Fops<F, D> {
             unlocked_ioctl: Some(Self::ioctl),
             compat_ioctl: bindings::compat_ptr_ioctl,
             mmap: Some(Self::mmap),
-            // Aligns a mapping with the huge pages of its backing.
-            get_unmapped_area: Some(bindings::thp_get_unmapped_area),
+            get_unmapped_area: Some(Self::get_unmapped_area),
             show_fdinfo: Some(Self::fdinfo),
             ..pin_init::zeroed()
         }
@@ -215,7 +220,38 @@ impl<F: FileOps, D> Fops<F, D> {
                 NewMapping::new(VmaNew::from_raw(vma), borrow::<F>(file)),
             )
         };
-        from_result(|| F::mmap(this, mapping).map(|()| 0))
+        let result = from_result(|| F::mmap(this, mapping).map(|()| 0));
+        if let Some(remapper) = this.remapper().filter(|r| result == 0 && r.is_ours()) {
+            // SAFETY: By the caller's promise.
+            unsafe { remapper.put_back(vma) };
+        }
+        result
+    }
+
+    /// # Safety
+    ///
+    /// As for `flush()`, and the caller holds its mmap lock.
+    unsafe extern "C" fn get_unmapped_area(
+        file: *mut bindings::file,
+        address: c_ulong,
+        bytes: c_ulong,
+        pgoff: c_ulong,
+        flags: c_ulong,
+    ) -> c_ulong {
+        // SAFETY: By the caller's promise.
+        let this = unsafe { borrow::<F>(file) };
+        match this.remapper().filter(|r| r.is_ours()) {
+            // SAFETY: By the caller's promise, and as just seen.
+            Some(remapper) => {
+                match unsafe { remapper.verify(file, address, bytes, pgoff as u64) } {
+                    Ok(address) => address,
+                    Err(e) => e.to_errno() as c_ulong,
+                }
+            }
+            // Aligned with the huge pages of its backing.
+            // SAFETY: By the caller's promise.
+            None => unsafe { bindings::thp_get_unmapped_area(file, address, bytes, pgoff, flags) },
+        }
     }
 
     /// # Safety
@@ -345,6 +381,19 @@ impl RawFile {
         let file = unsafe { bindings::fget(u32::try_from(fd).map_err(|_| EBADF)?) };
         // INVARIANT: fget() returned a reference.
         NonNull::new(file).map(Self).ok_or(EBADF)
+    }
+
+    /// Another reference on a file.
+    ///
+    /// # Safety
+    ///
+    /// `file` is valid, or null.
+    pub(super) unsafe fn another(file: *mut bindings::file) -> Option<Self> {
+        let file = NonNull::new(file)?;
+        // SAFETY: By the caller's promise.
+        // INVARIANT: A reference is taken.
+        unsafe { bindings::get_file(file.as_ptr()) };
+        Some(Self(file))
     }
 
     /// A new file on an inode of its own, whose private data is what `make` makes.

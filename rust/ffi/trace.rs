@@ -28,3 +28,9 @@ pub(crate) fn resolve(slot: u32, first: u64, count: u64, changed: u64, woken: u6
     // SAFETY: A tracepoint takes any values.
     unsafe { c::kdp_trace_resolve(slot, first, count, changed, woken) };
 }
+
+/// A range was mapped anew.
+pub(crate) fn collapse(slot: u32, first: u64, count: u64) {
+    // SAFETY: A tracepoint takes any values.
+    unsafe { c::kdp_trace_collapse(slot, first, count) };
+}

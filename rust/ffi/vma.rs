@@ -6,6 +6,7 @@
 
 use super::{
     c,
+    file::RawFile,
     memfd::Pfn, //
 };
 use core::marker::PhantomData;
@@ -128,6 +129,23 @@ impl Fault<'_> {
     /// It must not sleep.
     pub(crate) fn no_wait(&self) -> bool {
         self.has(bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT)
+    }
+
+    /// The address, rounded down to a page.
+    #[inline]
+    pub(super) fn address(&self) -> usize {
+        self.info.address & !(PAGE_SIZE - 1)
+    }
+
+    /// The mapped file, if the fault is in the current thread's own address space, the thread goes back
+    /// to user mode, and the area may hold huge entries.
+    pub(super) fn file_if_own(&self) -> Option<RawFile> {
+        // SAFETY: The fault's lock keeps the area valid (type invariant), and the area its file.
+        unsafe {
+            let vma = self.info.vma;
+            let own = (*vma).vm_mm == c::kdp_current_mm() && c::kdp_current_returns_to_user();
+            (own && c::kdp_vma_may_be_huge(vma)).then(|| RawFile::another((*vma).vm_file))?
+        }
     }
 
     fn vma(&self) -> &VmaRef {

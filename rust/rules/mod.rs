@@ -7,6 +7,7 @@
 //! caller owns the locks and says so where it calls.
 
 pub mod bits;
+pub mod collapse;
 pub mod name;
 pub mod queue;
 pub mod range;

@@ -242,11 +242,13 @@ struct kdp_memslot_get {
  * Switch demand paging of a memslot, while its guest runs.
  *
  * OFF: every page becomes present, whatever its state was; all waiters go on;
- * the memslot is mapped as large as its backing allows; the bitmap's memory is
- * given back, and touching a mapping of it gives SIGBUS. A block of which a
- * process has touched single pages before stays mapped by single pages there,
- * until that process maps the memslot anew: mmap(2) with MAP_FIXED over the
- * old mapping does it at once, while the guest runs.
+ * the bitmap's memory is given back, and touching a mapping of it gives SIGBUS.
+ *
+ * Whatever the mode, a block of which every page is present is mapped by one
+ * entry as large as its backing allows. Where a process has touched single
+ * pages of it before, that happens by itself after its next fault there: the
+ * process's mapping of the memslot is then mapped anew, in the thread that
+ * faulted. /proc/PID/maps may show the mapping in several parts meanwhile.
  *
  * ON: every page becomes absent, unmapped from every process before the call
  * returns. ON_PRESENT: every page becomes present, and can be made absent.

@@ -18,6 +18,7 @@ mod harness;
 mod shared;
 mod slot;
 mod sys;
+mod tables;
 mod task;
 mod tests;
 mod tun;

@@ -9,6 +9,7 @@ mod loomed;
 mod ranges;
 
 mod bits;
+mod collapse;
 mod loom_bits;
 mod loom_pages;
 mod loom_wait;

@@ -12,6 +12,7 @@ macro_rules! tests {
 }
 
 mod bitmap;
+mod collapse;
 mod fault;
 mod fault_kvm;
 mod fault_vhost;
@@ -43,6 +44,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         bitmap::TESTS,
         place::TESTS,
         huge::TESTS,
+        collapse::TESTS,
         scale::TESTS,
         limit::TESTS,
     ]

@@ -95,17 +95,22 @@ fn call_and_bit_race() -> Result {
         Arc::new(AtomicU64::new(0)),
         Arc::new(AtomicU64::new(0)),
     );
-    let (setting, may_begin, has_ended, has_placed) =
-        (slot.clone(), begin.clone(), ended.clone(), placed.clone());
+    // How long the setter waits before it sets: the call has a way to go, of a length that no one knows.
+    let delay = Arc::new(AtomicU64::new(1000));
+    let (setting, may_begin, has_ended, has_placed, delayed) = (
+        slot.clone(),
+        begin.clone(),
+        ended.clone(),
+        placed.clone(),
+        delay.clone(),
+    );
     let setter = Task::work(move || -> Result {
         let present = setting.memslot.bitmap()?;
-        let mut delay = 0;
         for round in 1.. {
-            match spin_until(&may_begin, round) {
-                DONE => break,
-                _ => delay = (delay + 29) % 1500,
+            if spin_until(&may_begin, round) == DONE {
+                break;
             }
-            for step in 0..delay {
+            for step in 0..delayed.load(Ordering::Relaxed) {
                 black_box(step);
             }
             let mine = range.iter().filter(|&page| present.set(page)).count();
@@ -126,6 +131,14 @@ fn call_and_bit_race() -> Result {
             "pages placed by bits, {set}, and by calls, {called}, in round {round}"
         );
         both += u64::from(set > 0 && called > 0);
+        let late = delay.load(Ordering::Relaxed);
+        let step = late / 16 + 1;
+        // Who has placed all of them came too early.
+        match (set, called) {
+            (0, _) => delay.store(late.saturating_sub(step), Ordering::Relaxed),
+            (_, 0) => delay.store(late + step, Ordering::Relaxed),
+            _ => {}
+        }
         ensure_eq!(
             slot.mark_range(State::Absent, range)?.changed,
             PAGES,

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Blocks that become huge mappings again when all their pages are present.
+//!
+//! A fault that maps a single page in a whole block asks for this. On the thread's way back to user mode
+//! the widest whole range around the page is mapped anew (ffi/remap.rs): its page tables go, KVM's
+//! stage-2 entries with them, and the next touch of each block maps it by one entry.
+//!
+//! It happens once for each time that a block becomes whole: afterwards faults there are huge, and do not
+//! ask. A block is single pages again only after a page of it was made absent, by a call.
+//!
+//! # Locks
+//!
+//! `changes` and `pages` are not held while a range is mapped anew: the mmap lock comes before them.
+
+use crate::{
+    ffi::{
+        remap::{
+            self,
+            Remap,
+            Space, //
+        },
+        trace,
+        vma::Fault, //
+    },
+    memslot::Memslot,
+    pages::Pages,
+    rules::{
+        collapse::widest,
+        range::PageRange, //
+    },
+};
+use kernel::sync::ArcBorrow;
+
+/// A fault has mapped a page, or a block of `1 << order` pages: if the next larger block around it is
+/// whole, it shall be mapped by one entry.
+#[inline]
+pub(crate) fn consider(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: u32) {
+    let next = remap::next_order(order);
+    if next <= order || next > slot.backing.order() {
+        return;
+    }
+    // The word of the page itself says "no" nearly always.
+    let page = fault.pgoff();
+    let near = slot.range(page & !63, 64);
+    if !near.is_some_and(|near| pages.all_present(near, true)) {
+        return;
+    }
+    let block = fault
+        .block(next)
+        .and_then(|first| slot.range(first, 1 << next));
+    if block.is_some_and(|block| pages.all_present(block, true)) {
+        remap::request::<Memslot>(&slot.remapper, fault, next);
+    }
+}
+
+impl Remap for Memslot {
+    fn remap(this: ArcBorrow<'_, Self>, space: Space<'_>) {
+        let is_whole = |range: PageRange| {
+            let pages = this.pages.read();
+            let whole = pages.all_present(range, true);
+            drop(pages);
+            whole && space.covers(range)
+        };
+        let Some(range) = widest(space.page(), this.place.nr_pages, is_whole) else {
+            return;
+        };
+        if range.count() >> space.order() > 0 && space.renew(&this.remapper, range).is_ok() {
+            this.stats.collapses().add(1);
+            trace::collapse(this.place.id, range.first(), range.count());
+        }
+    }
+}

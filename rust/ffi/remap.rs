@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Mapping a range of a file anew, so that its page tables are freed.
+//!
+//! Unmapping pages empties a page table but does not free it (`zap_pte_range()` in mm/memory.c frees
+//! for MADV_DONTNEED alone, which VM_PFNMAP refuses), and where there is a page table, `huge_fault` is
+//! not called (`__handle_mm_fault()`). Of what drivers may call, mmap(MAP_FIXED) of the range over
+//! itself frees it.
+//!
+//! It is done by the thread that faulted, on its way back to user mode: in its own address space, under
+//! its own limits, without any lock of ours. Its request holds the mapped file, and with it the module.
+//!
+//! MAP_FIXED takes away whatever is there. So the file's get_unmapped_area(), which the kernel calls
+//! under the mmap lock before it changes anything, looks again, and refuses unless the range is still
+//! what it was.
+//!
+//! C headers: `include/linux/mm.h`, `include/linux/task_work.h`.
+
+use super::{
+    c,
+    file::{
+        borrow,
+        FileOps,
+        RawFile, //
+    },
+    task::current_number,
+    vma::{
+        Fault,
+        PMD_ORDER, //
+    }, //
+};
+use crate::rules::range::PageRange;
+use kernel::{
+    bindings,
+    bindings::vm_flags_t,
+    mm::virt::{
+        flags,
+        VmaRef, //
+    },
+    new_mutex,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        ArcBorrow,
+        Mutex, //
+    }, //
+};
+
+/// Flags that an area comes to by being mapped as it is, and those that can be put back.
+const KNOWN: vm_flags_t = flags::READ
+    | flags::WRITE
+    | flags::EXEC
+    | flags::SHARED
+    | flags::MAYREAD
+    | flags::MAYWRITE
+    | flags::MAYEXEC
+    | flags::MAYSHARE
+    | flags::PFNMAP
+    | flags::DONTEXPAND
+    | flags::DONTDUMP
+    | flags::NORESERVE
+    | PUT_BACK;
+
+/// madvise(MADV_DONTFORK) is the caller's, and QEMU's.
+const PUT_BACK: vm_flags_t = flags::DONTCOPY;
+
+/// A process may have 65,530 areas (/proc/sys/vm/max_map_count). This many are left for others.
+const CROWDED: i32 = 32_768;
+
+/// A file whose ranges can be mapped anew.
+pub(crate) trait Remap: FileOps {
+    /// Decides what to map anew around a page that a fault has mapped small, and does it.
+    fn remap(this: ArcBorrow<'_, Self>, space: Space<'_>);
+}
+
+/// What one file's remappings share.
+#[pin_data]
+pub(crate) struct Remapper {
+    /// One at a time. Taken before the mmap lock.
+    #[pin]
+    turn: Mutex<()>,
+    /// The thread whose turn it is, while it is in vm_mmap(). That thread alone finds its own number here,
+    /// and it alone reads and writes the other fields: relaxed.
+    thread: Atomic<usize>,
+    flags: Atomic<vm_flags_t>,
+    table_at: Atomic<usize>,
+    table_order: Atomic<u32>,
+    /// The last request that is pending: a thread that faults many times before it goes back to user mode
+    /// asks once for a block. A guess that only saves work: relaxed.
+    pending: Atomic<u64>,
+}
+
+impl Remapper {
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            turn <- new_mutex!((), "kdp_remap"),
+            thread: Atomic::new(0),
+            flags: Atomic::new(0),
+            table_at: Atomic::new(0),
+            table_order: Atomic::new(0),
+            pending: Atomic::new(0),
+        })
+    }
+
+    /// How a request of the current thread for a block is noted.
+    fn note(first: u64) -> u64 {
+        (current_number() as u64) << 40 ^ first
+    }
+
+    /// Whether the current thread maps a range anew.
+    pub(super) fn is_ours(&self) -> bool {
+        self.thread.load(Relaxed) == current_number()
+    }
+
+    /// Whether the range that is about to be replaced is still what it was.
+    ///
+    /// # Safety
+    ///
+    /// The current thread [`is_ours`](Self::is_ours) and holds its mmap lock; `file` is valid.
+    pub(super) unsafe fn verify(
+        &self,
+        file: *mut bindings::file,
+        address: usize,
+        bytes: usize,
+        pgoff: u64,
+    ) -> Result<usize> {
+        let at = self.table_at.load(Relaxed);
+        // SAFETY: By the caller's promise.
+        let (mm, still) = unsafe {
+            let mm = c::kdp_current_mm();
+            (mm, areas(mm, file, address, bytes, pgoff))
+        };
+        let table = (address..address + bytes).contains(&at)
+            // SAFETY: By the caller's promise; there is an area at that address.
+            && unsafe { c::kdp_has_page_table(mm, at, self.table_order.load(Relaxed)) };
+        match still {
+            Some((flags, _)) if flags == self.flags.load(Relaxed) && table => Ok(address),
+            _ => Err(EAGAIN),
+        }
+    }
+
+    /// Gives a new area what mmap() does not.
+    ///
+    /// # Safety
+    ///
+    /// The current thread [`is_ours`](Self::is_ours), and `vma` is a new area.
+    pub(super) unsafe fn put_back(&self, vma: *mut bindings::vm_area_struct) {
+        // SAFETY: The area is new, so nobody else has it.
+        unsafe { c::kdp_vma_add_flags(vma, self.flags.load(Relaxed) & PUT_BACK) };
+    }
+}
+
+/// If a range consists of areas of the file with the same flags, all known: the flags, and how many
+/// areas they are.
+///
+/// # Safety
+///
+/// The mmap lock of `mm` is held; `file` is valid.
+unsafe fn areas(
+    mm: *mut bindings::mm_struct,
+    file: *mut bindings::file,
+    address: usize,
+    bytes: usize,
+    pgoff: u64,
+) -> Option<(vm_flags_t, usize)> {
+    let end = address.checked_add(bytes)?;
+    let mut at = address;
+    let mut found: Option<(vm_flags_t, usize)> = None;
+    while at < end {
+        // SAFETY: The lock is held, by the caller's promise.
+        let raw = unsafe { bindings::find_vma(mm, at) };
+        if raw.is_null() {
+            return None;
+        }
+        // SAFETY: The lock keeps the area valid. Its file is compared only.
+        let (vma, is_ours, first) = unsafe {
+            (
+                VmaRef::from_raw(raw),
+                (*raw).vm_file == file,
+                c::kdp_vma_pgoff(raw),
+            )
+        };
+        if !is_ours || vma.start() > at {
+            return None;
+        }
+        let here = first as u64 + ((at - vma.start()) >> PAGE_SHIFT) as u64;
+        if here != pgoff + ((at - address) >> PAGE_SHIFT) as u64 {
+            return None;
+        }
+        let flags = vma.flags() & !flags::SOFTDIRTY;
+        match &mut found {
+            None if flags & !KNOWN == 0 => found = Some((flags, 1)),
+            Some((same, n)) if *same == flags => *n += 1,
+            _ => return None,
+        }
+        at = vma.end();
+    }
+    found
+}
+
+/// A fault that asked for its surroundings to be mapped anew.
+///
+/// # Invariants
+///
+/// `head` is queued with the thread that faulted, or its callback runs. `mm` is compared only.
+#[repr(C)]
+struct Request {
+    head: bindings::callback_head,
+    file: RawFile,
+    mm: *mut bindings::mm_struct,
+    address: usize,
+    pgoff: u64,
+    order: u32,
+}
+
+/// Has [`Remap::remap`] called when the current thread goes back to user mode, if the fault is of its own
+/// address space and a page table stands where a block of `1 << order` pages could be mapped.
+pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>, order: u32) {
+    let note = Remapper::note(fault.pgoff() >> order);
+    if remapper.pending.load(Relaxed) == note {
+        return;
+    }
+    let Some(file) = fault.file_if_own() else {
+        return;
+    };
+    let request = Request {
+        head: bindings::callback_head {
+            next: core::ptr::null_mut(),
+            func: Some(on_return::<F>),
+        },
+        file,
+        // SAFETY: Always safe to call; the pointer is compared only.
+        mm: unsafe { c::kdp_current_mm() },
+        address: fault.address(),
+        pgoff: fault.pgoff(),
+        order,
+    };
+    // Without memory, the next fault asks again.
+    let Ok(request) = KBox::new(request, GFP_KERNEL_ACCOUNT) else {
+        return;
+    };
+    let raw = KBox::into_raw(request);
+    // SAFETY: `head` is the first field of a box that is the callback's from here on.
+    let refused = unsafe {
+        bindings::task_work_add(
+            c::kdp_current(),
+            raw.cast(),
+            bindings::task_work_notify_mode_TWA_RESUME,
+        )
+    };
+    if refused != 0 {
+        // SAFETY: The thread is exiting: the request was not queued.
+        drop(unsafe { KBox::from_raw(raw) });
+        return;
+    }
+    remapper.pending.store(note, Relaxed);
+}
+
+/// # Safety
+///
+/// `head` is that of a [`Request`] made by `request::<F>()`, which is given away; the current thread runs
+/// its task work.
+unsafe extern "C" fn on_return<F: Remap>(head: *mut bindings::callback_head) {
+    // SAFETY: By the caller's promise; `head` is the first field.
+    let request = unsafe { KBox::from_raw(head.cast::<Request>()) };
+    // A thread that exits, or has called execve(), has no such address space any more.
+    // SAFETY: Always safe to call; the pointer is compared only.
+    if unsafe { c::kdp_current_mm() } == request.mm {
+        // SAFETY: The file is one of `F`, since the fault was in a mapping of it.
+        let this = unsafe { borrow::<F>(request.file.as_ptr()) };
+        if let Some(remapper) = this.remapper() {
+            remapper.pending.store(0, Relaxed);
+        }
+        F::remap(this, Space(&request));
+    }
+}
+
+/// The address space of the current thread, around a page that it touched.
+pub(crate) struct Space<'a>(&'a Request);
+
+impl Space<'_> {
+    /// The page, as an offset in the file.
+    pub(crate) fn page(&self) -> u64 {
+        self.0.pgoff
+    }
+
+    /// log2 of the pages of the block that could be mapped at once.
+    pub(crate) fn order(&self) -> u32 {
+        self.0.order
+    }
+
+    /// Where a range is: its address and its length in bytes.
+    fn locate(&self, range: PageRange) -> Option<(usize, usize)> {
+        let bytes = |pages: u64| usize::try_from(pages).ok()?.checked_mul(PAGE_SIZE);
+        let before = bytes(self.0.pgoff.checked_sub(range.first())?)?;
+        let address = self.0.address.checked_sub(before)?;
+        Some((address, bytes(range.count())?))
+    }
+
+    fn areas(&self, range: PageRange) -> Option<(usize, usize, vm_flags_t, usize)> {
+        let (address, bytes) = self.locate(range)?;
+        // SAFETY: The address space is the current thread's, the file is valid.
+        let (flags, count) = unsafe {
+            c::kdp_mmap_read_lock(self.0.mm);
+            let found = areas(
+                self.0.mm,
+                self.0.file.as_ptr(),
+                address,
+                bytes,
+                range.first(),
+            );
+            c::kdp_mmap_read_unlock(self.0.mm);
+            found?
+        };
+        Some((address, bytes, flags, count))
+    }
+
+    /// Whether all of a range around the page is mapped here in one piece, as one mmap() would.
+    pub(crate) fn covers(&self, range: PageRange) -> bool {
+        self.areas(range).is_some()
+    }
+
+    /// Maps a range around the page anew. EAGAIN if it is no longer mapped as it was, or there is no
+    /// page table to be freed.
+    pub(crate) fn renew(&self, remapper: &Remapper, range: PageRange) -> Result {
+        let (address, bytes, flags, count) = self.areas(range).ok_or(EAGAIN)?;
+        // SAFETY: The address space is the current thread's.
+        if count == 1 && unsafe { c::kdp_map_count(self.0.mm) } > CROWDED {
+            return Err(ENOSPC);
+        }
+        let _turn = remapper.turn.lock();
+        remapper.flags.store(flags, Relaxed);
+        remapper.table_at.store(self.0.address, Relaxed);
+        remapper.table_order.store(self.0.order, Relaxed);
+        remapper.thread.store(current_number(), Relaxed);
+        // SAFETY: The file is valid. What is replaced is a mapping of the file by the very same mapping:
+        // `verify()` sees to that under the mmap lock.
+        let at = unsafe {
+            c::kdp_map_anew(
+                self.0.file.as_ptr(),
+                address,
+                bytes,
+                flags,
+                range.first() as usize,
+            )
+        };
+        remapper.thread.store(0, Relaxed);
+        if at == address {
+            Ok(())
+        } else {
+            Err(EAGAIN)
+        }
+    }
+}
+
+/// log2 of the pages of the next larger block that a page table entry can map.
+pub(crate) fn next_order(order: u32) -> u32 {
+    if order < PMD_ORDER {
+        PMD_ORDER
+    } else {
+        super::vma::PUD_ORDER
+    }
+}
