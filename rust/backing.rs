@@ -10,7 +10,9 @@ use crate::{
     ffi::{
         memfd::{
             Memfd,
-            Pfn, //
+            Pfn,
+            Pins,
+            PINS, //
         },
         task::{
             MemlockLimit,
@@ -77,42 +79,51 @@ impl Backing {
         self.pinned.load(Relaxed) << self.order()
     }
 
-    /// The frame of a page, if its folio is pinned.
+    /// Where the pin of a page's folio is: which [`Pins`], and where in them; and which page of the folio it
+    /// is.
     #[inline]
-    fn pinned<'a>(&self, pages: &'a Pages, page: u64) -> Option<Pfn<'a>> {
+    fn locate(&self, page: u64) -> (usize, usize, u64) {
         let index = self.offset + page;
-        let order = self.order();
-        let first = pages.pinned.get((index >> order) as usize)?;
-        Some(first.add(index & ((1 << order) - 1)))
+        let granule = (index >> self.order()) as usize;
+        (
+            granule / PINS,
+            granule % PINS,
+            index & ((1 << self.order()) - 1),
+        )
     }
 
     /// The frame of a page; pins its folio if that has not happened yet. ENOMEM if there is no memory
     /// for it, or the limit is reached.
     #[inline]
     pub(crate) fn frame<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
-        if let Some(pfn) = self.pinned(pages, page) {
-            return Ok(pfn);
+        let (leaf, at, into) = self.locate(page);
+        if let Some(first) = pages.pins.get(leaf).and_then(|pins| pins.get(at)) {
+            return Ok(first.add(into));
         }
-        self.pin(pages, page)
+        self.pin(pages, leaf, at).map(|first| first.add(into))
     }
 
     #[cold]
-    fn pin<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
-        let granule = (self.offset + page) >> self.order();
+    fn pin<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<Pfn<'a>> {
         if self.is_charged() && !self.user.charge(self.limit) {
             return Err(ENOMEM);
         }
-        let added = self
-            .memfd
-            .pin(granule)
-            .and_then(|pin| pages.pinned.insert(granule as usize, pin));
-        if matches!(added, Ok(true)) {
-            self.pinned.add(1, Relaxed);
-        } else if self.is_charged() {
-            self.user.uncharge(1);
+        let added = self.pin_charged(pages, leaf, at);
+        match added {
+            Ok((_, true)) => self.pinned.add(1, Relaxed),
+            Ok((_, false)) | Err(_) if self.is_charged() => self.user.uncharge(1),
+            _ => (),
         }
-        added?;
-        self.pinned(pages, page).ok_or(ENOMEM)
+        added.map(|(first, _)| first)
+    }
+
+    fn pin_charged<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<(Pfn<'a>, bool)> {
+        if pages.pins.get(leaf).is_none() {
+            pages.pins.insert(leaf, Pins::new()?)?;
+        }
+        let pins = pages.pins.get(leaf).ok_or(ENOMEM)?;
+        let pin = self.memfd.pin((leaf * PINS + at) as u64)?;
+        Ok(pins.insert(at, pin))
     }
 
     /// hugetlb pages are not charged: they are reserved and limited by other means.
@@ -130,22 +141,46 @@ impl Backing {
 
     /// The first page, from `at` to before `end`, of a folio that is pinned.
     pub(crate) fn next_pinned(&self, pages: &Pages, at: u64, end: u64) -> Option<u64> {
-        let granule = |page: u64| ((self.offset + page) >> self.order()) as usize;
         if at >= end {
             return None;
         }
-        let found = pages.pinned.next(granule(at), granule(end - 1))?;
-        Some(((found as u64) << self.order()) - self.offset)
+        let (mut leaf, mut from, _) = self.locate(at);
+        let (last, last_at, _) = self.locate(end - 1);
+        loop {
+            let found = pages.pins.next(leaf, last)?;
+            if found > leaf {
+                from = 0;
+            }
+            let next = pages.pins.get(found).and_then(|pins| pins.next(from));
+            if let Some(at) = next {
+                let granule = (found * PINS + at) as u64;
+                let inside = found < last || at <= last_at;
+                return inside.then_some((granule << self.order()) - self.offset);
+            }
+            (leaf, from) = (found + 1, 0);
+        }
     }
 
     /// Unpins the folios of whole granules. They must not be mapped: the caller has the lock for
     /// writing, and has unmapped them since it took it.
     pub(crate) fn unpin(&self, pages: &mut Pages, range: PageRange) {
         let (first, end) = range.whole_granules(self.offset, self.order());
-        if first == end {
-            return;
+        let (mut first, end) = (first as usize, end as usize);
+        let mut count = 0;
+        while first < end {
+            let Some(leaf) = pages.pins.next(first / PINS, (end - 1) / PINS) else {
+                break;
+            };
+            let start = leaf * PINS;
+            let (from, to) = (first.max(start) - start, end.min(start + PINS) - start);
+            if let Some(pins) = pages.pins.get_mut(leaf) {
+                count += pins.unpin(from, to);
+                if pins.next(0).is_none() {
+                    drop(pages.pins.remove(leaf));
+                }
+            }
+            first = start + PINS;
         }
-        let count = pages.pinned.remove_range(first as usize, end as usize - 1);
         self.pinned.fetch_sub(count as u64, Relaxed);
         if self.is_charged() {
             self.user.uncharge(count);

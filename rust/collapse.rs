@@ -40,10 +40,8 @@ pub(crate) fn consider(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: 
     if next <= order || next > slot.backing.order() {
         return;
     }
-    // The word of the page itself says "no" nearly always.
-    let page = fault.pgoff();
-    let near = slot.range(page & !63, 64);
-    if !near.is_some_and(|near| pages.all_present(near, true)) {
+    // The page's own word says "no" nearly always.
+    if !pages.is_word_present(fault.pgoff()) {
         return;
     }
     let block = fault

@@ -4,6 +4,7 @@
 #include <linux/capability.h>
 #include <linux/fcntl.h>
 #include <linux/fdtable.h>
+#include <linux/hashtable.h>
 #include <linux/highmem.h>
 #include <linux/hugetlb.h>
 #include <linux/kvm_host.h>
@@ -367,9 +368,9 @@ void kdp_xa_init(struct xarray *xa)
 	xa_init_flags(xa, XA_FLAGS_ACCOUNT);
 }
 
-void *kdp_xa_store(struct xarray *xa, unsigned long index, void *entry)
+bool kdp_xa_is_empty(const struct xarray *xa)
 {
-	return xa_store(xa, index, entry, GFP_KERNEL_ACCOUNT);
+	return xa_empty(xa);
 }
 
 void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
@@ -378,9 +379,40 @@ void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
 	return xa_cmpxchg(xa, index, old, entry, GFP_KERNEL_ACCOUNT);
 }
 
-DEFINE_XARRAY(kdp_vcpu_threads);
-
 /* KVM's vCPU */
+
+/*
+ * By their pid, on which each holds a reference, so it names no other thread.
+ * Changed under the lock, read under RCU.
+ */
+static DEFINE_HASHTABLE(vcpu_threads, 10);
+static DEFINE_SPINLOCK(vcpu_threads_lock);
+
+void kdp_vcpu_thread_add(struct kdp_vcpu_thread *thread)
+{
+	spin_lock(&vcpu_threads_lock);
+	hash_add_rcu(vcpu_threads, &thread->node, (unsigned long)thread->pid);
+	spin_unlock(&vcpu_threads_lock);
+}
+
+void kdp_vcpu_thread_del(struct kdp_vcpu_thread *thread)
+{
+	spin_lock(&vcpu_threads_lock);
+	hash_del_rcu(&thread->node);
+	spin_unlock(&vcpu_threads_lock);
+}
+
+/* That of the current thread, or NULL. The caller is in an RCU section. */
+struct kdp_vcpu_thread *kdp_vcpu_thread_current(void)
+{
+	struct pid *pid = task_pid(current);
+	struct kdp_vcpu_thread *thread;
+
+	hash_for_each_possible_rcu(vcpu_threads, thread, node, (unsigned long)pid)
+		if (thread->pid == pid)
+			return thread;
+	return NULL;
+}
 
 u64 kdp_vcpu_guest_exits(const struct kvm_vcpu *vcpu)
 {

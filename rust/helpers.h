@@ -86,16 +86,24 @@ bool kdp_fatal_signal_pending(void);
 void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
 		    struct lock_class_key *key);
 void kdp_xa_init(struct xarray *xa);
-void *kdp_xa_store(struct xarray *xa, unsigned long index, void *entry);
+bool kdp_xa_is_empty(const struct xarray *xa);
 void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
 		     void *entry);
-extern struct xarray kdp_vcpu_threads;
 
 /* KVM's vCPU */
 u64 kdp_vcpu_guest_exits(const struct kvm_vcpu *vcpu);
 bool kdp_vcpu_in_nested_guest(const struct kvm_vcpu *vcpu);
 bool kdp_vcpu_in_pfn_cache(const struct kvm_vcpu *vcpu);
 void kdp_vcpu_set_exit(struct kvm_vcpu *vcpu, u64 gpa, u64 size, u64 flags);
+
+/* A thread that asked for exits, first in what the module knows of it. */
+struct kdp_vcpu_thread {
+	struct hlist_node node;
+	struct pid *pid;
+};
+void kdp_vcpu_thread_add(struct kdp_vcpu_thread *thread);
+void kdp_vcpu_thread_del(struct kdp_vcpu_thread *thread);
+struct kdp_vcpu_thread *kdp_vcpu_thread_current(void);
 
 struct tracepoint *kdp_module_tracepoint(const struct tp_module *module,
 					 unsigned int i);

@@ -12,7 +12,7 @@
 
 use crate::{
     ffi::{
-        memfd::Pinned,
+        memfd::Pins,
         shared_page::{
             SharedPage,
             SharedWord, //
@@ -52,11 +52,13 @@ pub(crate) enum Mode {
 /// The pages.
 pub(crate) struct Pages {
     mode: Mode,
-    present: Tree<KBox<SharedPage>>,
+    present: Tree<SharedPage>,
     /// "Known to hold nothing". The present bit, if set, counts for more.
-    zero: Tree<KBox<SharedPage>>,
-    /// Pinned folios by granule: the number of an allocation of the memfd.
-    pub(crate) pinned: Tree<Pinned>,
+    zero: Tree<SharedPage>,
+    /// Pinned folios by granule: the number of an allocation of the memfd, divided by [`PINS`].
+    ///
+    /// [`PINS`]: crate::ffi::memfd::PINS
+    pub(crate) pins: Tree<Pins>,
 }
 
 impl Pages {
@@ -65,7 +67,7 @@ impl Pages {
             mode,
             present: Tree::new()?,
             zero: Tree::new()?,
-            pinned: Tree::new()?,
+            pins: Tree::new()?,
         })
     }
 
@@ -76,15 +78,15 @@ impl Pages {
     /// Starts over in another mode, with no bits. The caller unmaps the bitmap.
     pub(crate) fn restart(&mut self, mode: Mode) {
         self.mode = mode;
-        self.present.remove_range(0, usize::MAX);
-        self.zero.remove_range(0, usize::MAX);
+        self.present.clear();
+        self.zero.clear();
     }
 
-    fn words(tree: &Tree<KBox<SharedPage>>, chunk: u64) -> Option<&[SharedWord]> {
+    fn words(tree: &Tree<SharedPage>, chunk: u64) -> Option<&[SharedWord]> {
         tree.get(chunk as usize).map(|page| &page.words()[..])
     }
 
-    fn chunk(tree: &Tree<KBox<SharedPage>>, chunk: u64, default: bool) -> Result<&SharedPage> {
+    fn chunk(tree: &Tree<SharedPage>, chunk: u64, default: bool) -> Result<&SharedPage> {
         if tree.get(chunk as usize).is_none() {
             let page = KBox::new(SharedPage::new(default)?, GFP_KERNEL_ACCOUNT)?;
             // Another thread may have been faster: then its page counts.
@@ -105,17 +107,33 @@ impl Pages {
         };
         let (chunk, word, bit) = range::locate(page);
         let present = Self::words(&self.present, chunk);
-        if present.map_or(default, |words| bits::is_set(words, word, bit)) {
-            State::Present
-        } else if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
-            State::Zero
-        } else if Self::words(&self.present, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
-            // It was zero and became present between the two looks: who sees the zero bit cleared sees
-            // the present bit, which is set first.
+        let is_present =
+            |words: Option<&[SharedWord]>| words.map_or(default, |w| bits::is_set(w, word, bit));
+        if is_present(present) {
+            return State::Present;
+        }
+        if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
+            return State::Zero;
+        }
+        // It may have been zero and become present between the two looks: who sees the zero bit cleared
+        // sees the present bit, which is set first, perhaps in a chunk that is new.
+        let present = present.or_else(|| Self::words(&self.present, chunk));
+        if is_present(present) {
             State::Present
         } else {
             State::Absent
         }
+    }
+
+    /// Whether the page, which is present, may be in a block that is: whether those whose bits are in the
+    /// same word are.
+    #[inline]
+    pub(crate) fn is_word_present(&self, page: u64) -> bool {
+        let Mode::On { default } = self.mode else {
+            return self.mode == Mode::Off;
+        };
+        let (chunk, word, _) = range::locate(page);
+        Self::words(&self.present, chunk).map_or(default, |w| bits::is_set_all(w, word))
     }
 
     /// Whether the present bit of every page of a range is `value`.

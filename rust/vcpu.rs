@@ -20,7 +20,7 @@ use kernel::prelude::*;
 
 /// The threads of one VM.
 pub(crate) struct Threads {
-    numbers: KVec<usize>,
+    members: KVec<kvm::Registered>,
     /// Keeps the probes registered as long as there is a thread.
     probes: Option<tracepoint::User>,
 }
@@ -28,13 +28,13 @@ pub(crate) struct Threads {
 impl Threads {
     pub(crate) const fn new() -> Self {
         Self {
-            numbers: KVec::new(),
+            members: KVec::new(),
             probes: None,
         }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.numbers.len()
+        self.members.len()
     }
 
     /// Switches exits of the current thread on or off; the errors are those of KDP_VCPU_EXITS.
@@ -46,9 +46,7 @@ impl Threads {
             (Some(other), _) if other != vm => Err(EBUSY),
             (Some(_), true) | (None, false) => Ok(()),
             (Some(_), false) => {
-                let number = kvm::current_number();
-                kvm::remove(vm, &[number], |_| true);
-                self.numbers.retain(|n| *n != number);
+                kvm::remove(&mut self.members, kvm::Thread::is_current);
                 self.rest();
                 Ok(())
             }
@@ -57,43 +55,38 @@ impl Threads {
     }
 
     fn add_current(&mut self, vm: u64) -> Result {
-        if self.numbers.len() >= KDP_MAX_VCPU_THREADS as usize {
-            self.drop_dead(vm);
+        if self.members.len() >= KDP_MAX_VCPU_THREADS as usize {
+            // Those that ended without a word.
+            kvm::remove(&mut self.members, |thread| !thread.is_alive());
         }
-        if self.numbers.len() >= KDP_MAX_VCPU_THREADS as usize {
+        if self.members.len() >= KDP_MAX_VCPU_THREADS as usize {
             return Err(ENOSPC);
         }
-        self.numbers.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        self.members.reserve(1, GFP_KERNEL_ACCOUNT)?;
         if self.probes.is_none() {
             self.probes = Some(tracepoint::User::new()?);
         }
-        let number = kvm::add_current(vm);
-        if let Ok(number) = number {
-            // The number of a thread that died may be there still.
-            self.numbers.retain(|n| *n != number);
-            self.numbers.push(number, GFP_KERNEL_ACCOUNT)?;
-        }
+        let added = match kvm::Registered::current(vm) {
+            Ok(member) => self
+                .members
+                .push(member, GFP_KERNEL_ACCOUNT)
+                .map_err(Error::from),
+            Err(e) => Err(e),
+        };
         self.rest();
-        number.map(|_| ())
-    }
-
-    /// Threads that ended without a word.
-    fn drop_dead(&mut self, vm: u64) {
-        kvm::remove(vm, &self.numbers, |thread| !thread.is_alive());
-        self.numbers.retain(|n| kvm::is_live(vm, *n));
+        added
     }
 
     /// Drops the probes when nobody needs them.
     fn rest(&mut self) {
-        if self.numbers.is_empty() {
+        if self.members.is_empty() {
             self.probes = None;
         }
     }
 
     /// The VM is closed.
-    pub(crate) fn clear(&mut self, vm: u64) {
-        kvm::remove(vm, &self.numbers, |_| true);
-        self.numbers.clear();
+    pub(crate) fn clear(&mut self) {
+        kvm::remove(&mut self.members, |_| true);
         self.rest();
     }
 }

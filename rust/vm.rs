@@ -271,7 +271,7 @@ impl FileOps for Vm {
     }
 
     fn release(this: Arc<Self>) {
-        this.threads.lock().clear(this.serial);
+        this.threads.lock().clear();
         this.events.close();
         let (by_id, by_last_gfn) = {
             let mut slots = this.slots.lock();

@@ -6,10 +6,9 @@
 //! stage-2 fault; and `kvm_userspace_exit`, when KVM_RUN returns. Between the two the thread is
 //! inside KVM_RUN, which keeps the vCPU alive.
 //!
-//! A thread's record is found by its number in a global xarray, under RCU: the probes run with
+//! A thread's record is found by its pid in a global hash table, under RCU: the probes run with
 //! preemption off, and a fault must not wait for somebody who registers.
 
-pub(crate) use super::task::current_number;
 use super::{
     c,
     task, //
@@ -23,8 +22,6 @@ use core::{
     }, //
 };
 use kernel::{
-    bindings,
-    error::to_result,
     prelude::*,
     sync::{
         atomic::{
@@ -32,7 +29,8 @@ use kernel::{
             Relaxed, //
         },
         rcu, //
-    }, //
+    },
+    types::Opaque, //
 };
 
 /// A vCPU whose KVM_RUN the current thread is in.
@@ -77,9 +75,11 @@ impl Vcpu<'_> {
 ///
 /// # Invariants
 ///
-/// `vcpu` is null, or a vCPU whose KVM_RUN the thread is in. Apart from `vm` and `pid`, the thread
-/// alone reads and writes the fields: relaxed ordering is enough.
+/// `link.pid` is `pid`'s. `vcpu` is null, or a vCPU whose KVM_RUN the thread is in. Apart from `vm`,
+/// `pid` and `link`, the thread alone reads and writes the fields: relaxed ordering is enough.
+#[repr(C)]
 pub(crate) struct Thread {
+    link: Opaque<c::kdp_vcpu_thread>,
     vm: u64,
     pid: task::Pid,
     vcpu: Atomic<*mut c::kvm_vcpu>,
@@ -96,6 +96,11 @@ impl Thread {
     /// Whether it still runs.
     pub(crate) fn is_alive(&self) -> bool {
         self.pid.is_alive()
+    }
+
+    /// Whether it is the current thread.
+    pub(crate) fn is_current(&self) -> bool {
+        self.pid.is_current()
     }
 
     /// Its vCPU and the stage-2 fault that KVM told of last, if it has not left KVM_RUN since.
@@ -120,99 +125,101 @@ impl Thread {
     }
 }
 
-/// The table of all threads that asked.
-fn table() -> *mut bindings::xarray {
-    // The address of a static of `helpers.c`.
-    &raw mut c::kdp_vcpu_threads
-}
-
 /// Lends the current thread its record, if it asked for exits. `f` runs under RCU: it must not sleep.
 #[inline]
 pub(crate) fn with_current<R>(f: impl FnOnce(&Thread) -> R) -> Option<R> {
     let _rcu = rcu::read_lock();
-    // SAFETY: The table is initialised statically.
-    let raw = unsafe { bindings::xa_load(table(), task::current_number()) };
-    let thread = NonNull::new(raw.cast::<Thread>())?;
-    // SAFETY: Entries of the table are boxed threads, freed a grace period after they leave it.
-    let thread = unsafe { thread.as_ref() };
-    // The number of a dead thread is used again; its record may still be there.
-    thread.pid.is_current().then(|| f(thread))
+    // SAFETY: This is an RCU section.
+    let link = unsafe { c::kdp_vcpu_thread_current() };
+    let thread = NonNull::new(link.cast::<Thread>())?;
+    // SAFETY: The table holds the first fields of boxed threads, freed a grace period after they leave it.
+    Some(f(unsafe { thread.as_ref() }))
 }
 
-/// Makes a record for the current thread; returns its number.
-pub(crate) fn add_current(vm: u64) -> Result<usize> {
-    let thread = KBox::new(
-        Thread {
-            vm,
-            pid: task::Pid::current().ok_or(ESRCH)?,
-            // INVARIANT: None yet.
-            vcpu: Atomic::new(null_mut()),
-            gfn: Atomic::new(0),
-            guest_exits: Atomic::new(0),
-        },
-        GFP_KERNEL_ACCOUNT,
-    )?;
-    let number = task::current_number();
-    let raw = KBox::into_raw(thread);
-    // SAFETY: The table is initialised; a box is what it stores.
-    let old = unsafe { c::kdp_xa_store(table(), number, raw.cast()) };
-    // SAFETY: `old` is what xa_store() returned.
-    if let Err(e) = to_result(unsafe { bindings::xa_err(old) }) {
-        // SAFETY: It was not stored.
-        drop(unsafe { KBox::from_raw(raw) });
-        return Err(e);
+/// A thread in the table.
+///
+/// # Invariants
+///
+/// Owns a boxed `Thread`, which is in the table if `linked`; else an RCU grace period has passed since it
+/// left, or is waited for before this is dropped.
+pub(crate) struct Registered {
+    thread: NonNull<Thread>,
+    linked: bool,
+}
+
+// SAFETY: A `Thread` may be looked at and freed by any thread.
+unsafe impl Send for Registered {}
+
+impl Registered {
+    /// Enters the current thread, which must not be in the table.
+    pub(crate) fn current(vm: u64) -> Result<Self> {
+        let pid = task::Pid::current().ok_or(ESRCH)?;
+        let link = c::kdp_vcpu_thread {
+            pid: pid.as_ptr(),
+            ..Default::default()
+        };
+        let thread = KBox::new(
+            // INVARIANT: There is no vCPU yet.
+            Thread {
+                link: Opaque::new(link),
+                vm,
+                pid,
+                vcpu: Atomic::new(null_mut()),
+                gfn: Atomic::new(0),
+                guest_exits: Atomic::new(0),
+            },
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        let thread = NonNull::from(KBox::leak(thread));
+        // SAFETY: The box stays until it has left the table; the link is its first field.
+        unsafe { c::kdp_vcpu_thread_add(thread.as_ptr().cast()) };
+        // INVARIANT: Just entered.
+        Ok(Self {
+            thread,
+            linked: true,
+        })
     }
-    free_all(NonNull::new(old.cast()).into_iter());
-    Ok(number)
+
+    /// The thread.
+    pub(crate) fn thread(&self) -> &Thread {
+        // SAFETY: The box is owned (type invariant).
+        unsafe { self.thread.as_ref() }
+    }
+
+    /// Takes it out of the table. The caller waits for a grace period then.
+    fn unlink(&mut self) {
+        if self.linked {
+            // SAFETY: It is in the table (type invariant).
+            unsafe { c::kdp_vcpu_thread_del(self.thread.as_ptr().cast()) };
+            self.linked = false;
+        }
+    }
 }
 
-/// Removes those records of `vm` that are among `numbers` and for which `which` holds.
-pub(crate) fn remove(vm: u64, numbers: &[usize], which: impl Fn(&Thread) -> bool) {
-    let gone = numbers.iter().filter_map(|&number| {
-        // SAFETY: The table is initialised. Its lock is held from here to the unlock, so what is found
-        // in it stays, and is not freed; erasing needs no memory.
-        unsafe {
-            bindings::xa_lock(table());
-            let found = NonNull::new(bindings::xa_load(table(), number).cast::<Thread>())
-                .filter(|t| t.as_ref().vm == vm && which(t.as_ref()));
-            if found.is_some() {
-                bindings::__xa_erase(table(), number);
-            }
-            bindings::xa_unlock(table());
-            found
+impl Drop for Registered {
+    fn drop(&mut self) {
+        if self.linked {
+            self.unlink();
+            rcu::synchronize_rcu();
         }
-    });
-    free_all(gone);
+        // SAFETY: The box is owned, and nobody who found it in the table uses it any more (type
+        // invariant).
+        drop(unsafe { KBox::from_raw(self.thread.as_ptr()) });
+    }
 }
 
-/// Whether the thread of that number has a record of `vm`, and runs.
-pub(crate) fn is_live(vm: u64, number: usize) -> bool {
-    let _rcu = rcu::read_lock();
-    // SAFETY: The table is initialised.
-    let raw = unsafe { bindings::xa_load(table(), number) };
-    // SAFETY: As in `with_current()`.
-    NonNull::new(raw.cast::<Thread>()).is_some_and(|t| unsafe {
-        let t = t.as_ref();
-        t.vm == vm && t.pid.is_alive()
-    })
-}
-
-/// Frees records that have left the table, a batch at a time.
-fn free_all(mut gone: impl Iterator<Item = NonNull<Thread>>) {
-    loop {
-        let mut batch = [None; 64];
-        for (place, thread) in batch.iter_mut().zip(&mut gone) {
-            *place = Some(thread);
+/// Drops those threads for which `which` holds, after one grace period for all.
+pub(crate) fn remove(threads: &mut KVec<Registered>, which: impl Fn(&Thread) -> bool) {
+    let mut any = false;
+    for registered in threads.iter_mut() {
+        if which(registered.thread()) {
+            registered.unlink();
+            any = true;
         }
-        if batch[0].is_none() {
-            return;
-        }
-        // Nobody who found them in the table uses them after this.
+    }
+    if any {
         rcu::synchronize_rcu();
-        for thread in batch.into_iter().flatten() {
-            // SAFETY: It came from `KBox::into_raw()`, has left the table, and a grace period passed.
-            drop(unsafe { KBox::from_raw(thread.as_ptr()) });
-        }
+        threads.retain(|registered| registered.linked);
     }
 }
 

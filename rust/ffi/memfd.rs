@@ -6,14 +6,16 @@
 
 use super::{
     c,
-    file::RawFile,
-    tree, //
+    file::RawFile, //
 };
 use core::marker::PhantomData;
 use kernel::{
     error::to_result,
-    ffi::c_void,
-    prelude::*, //
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
 };
 
 /// A memfd that cannot shrink, open for writing.
@@ -105,7 +107,7 @@ impl Drop for Pinned {
     }
 }
 
-/// The number of a page frame that is pinned as long as its [`tree::Tree`] is borrowed.
+/// The number of a page frame that is pinned as long as its [`Pins`] are borrowed.
 #[derive(Clone, Copy)]
 pub(crate) struct Pfn<'a> {
     pub(super) number: usize,
@@ -130,28 +132,84 @@ impl Pfn<'_> {
     }
 }
 
-// SAFETY: The entry is stored as xa_mk_value() would: odd, so not null and not a pointer. A page
-// frame number has fewer than 63 bits.
-unsafe impl tree::Entry for Pinned {
-    type Ref<'a> = Pfn<'a>;
+/// Pinned folios of this many allocations of a memfd, side by side.
+pub(crate) const PINS: usize = 512;
 
-    fn into_raw(self) -> *mut c_void {
-        let raw = (self.pfn << 1 | 1) as *mut c_void;
-        core::mem::forget(self);
-        raw
+/// The pinned folios of [`PINS`] allocations.
+///
+/// # Invariants
+///
+/// A frame that is not 0 is `number << 1 | 1` of a page whose folio it holds a pin on. It becomes 0 only
+/// through an exclusive reference, so a frame that is borrowed stays.
+pub(crate) struct Pins {
+    /// Relaxed: a number is all there is to see, and its pin was taken before (folio_ref_add() is a full
+    /// barrier).
+    frames: [Atomic<usize>; PINS],
+}
+
+impl Pins {
+    /// None is pinned.
+    pub(crate) fn new() -> Result<KBox<Self>> {
+        let pins = KBox::<Self>::new_uninit(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?;
+        // SAFETY: Zero bytes are an array of zeros.
+        // INVARIANT: All are 0.
+        Ok(unsafe { pins.assume_init() })
     }
 
-    unsafe fn from_raw(raw: *mut c_void) -> Self {
-        // INVARIANT: By the caller's promise this is the pin that `into_raw` gave away.
-        Self {
-            pfn: raw as usize >> 1,
-        }
-    }
-
-    unsafe fn borrow<'a>(raw: *mut c_void) -> Pfn<'a> {
-        Pfn {
-            number: raw as usize >> 1,
+    fn decode<'a>(raw: usize) -> Option<Pfn<'a>> {
+        (raw != 0).then_some(Pfn {
+            number: raw >> 1,
             _pinned: PhantomData,
+        })
+    }
+
+    /// The first frame of an allocation, if it is pinned.
+    #[inline]
+    pub(crate) fn get(&self, at: usize) -> Option<Pfn<'_>> {
+        Self::decode(self.frames[at].load(Relaxed))
+    }
+
+    /// Adds a pin, unless there is one already: then `pin` is dropped. Returns the frame that is there, and
+    /// whether it was added.
+    pub(crate) fn insert(&self, at: usize, pin: Pinned) -> (Pfn<'_>, bool) {
+        let raw = pin.pfn << 1 | 1;
+        let (now, added) = match self.frames[at].cmpxchg(0, raw, Relaxed) {
+            Ok(_) => {
+                // INVARIANT: The pin is the array's now.
+                core::mem::forget(pin);
+                (raw, true)
+            }
+            Err(other) => (other, false),
+        };
+        let frame = Pfn {
+            number: now >> 1,
+            _pinned: PhantomData,
+        };
+        (frame, added)
+    }
+
+    /// The first allocation from `from` on that is pinned.
+    pub(crate) fn next(&self, from: usize) -> Option<usize> {
+        (from..PINS).find(|&at| self.frames[at].load(Relaxed) != 0)
+    }
+
+    /// Unpins allocations `first` to before `end`; returns how many were pinned.
+    pub(crate) fn unpin(&mut self, first: usize, end: usize) -> usize {
+        let mut count = 0;
+        for frame in &mut self.frames[first..end] {
+            let raw = core::mem::replace(frame.get_mut(), 0);
+            if raw != 0 {
+                // INVARIANT: The pin was the array's (type invariant).
+                drop(Pinned { pfn: raw >> 1 });
+                count += 1;
+            }
         }
+        count
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        self.unpin(0, PINS);
     }
 }

@@ -28,6 +28,10 @@ impl Pid {
         NonNull::new(pid).map(Self)
     }
 
+    pub(super) fn as_ptr(&self) -> *mut bindings::pid {
+        self.0.as_ptr()
+    }
+
     /// Whether it is the current thread.
     #[inline]
     pub(crate) fn is_current(&self) -> bool {

@@ -5,7 +5,10 @@
  * The mark is `nopl disp32(%rax)` with the displacement "KDP1" (begin) or "KDP0" (end): nothing to a processor,
  * unlikely in other code. Guests of kdp-vmm have them around what is measured.
  *
- * Counts go to the file of the option out=, as "ADDRESS COUNT" for each translated block that ran.
+ * Counts go to the file of the option out=, as "ADDRESS COUNT CODE DATA" for each translated block that ran: CODE and
+ * DATA are how often the block was the first to execute, or to access, a page of memory since the VM's own guest ran
+ * last. Emulation, like a processor without tags in its TLB, forgets all translations when a guest is entered or left,
+ * and looking them up again is most of the time that a fault takes there.
  *
  * QEMU's header is not packaged by Debian; these are the parts of its plugin API, version 4, that are used
  * (include/qemu/qemu-plugin.h of QEMU 10.0).
@@ -17,6 +20,7 @@
 #include <string.h>
 
 #define API_VERSION 4
+#define READ_AND_WRITE 3
 
 struct qemu_plugin_tb;
 struct qemu_plugin_insn;
@@ -28,6 +32,9 @@ extern void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb,
 		void (*cb)(unsigned int vcpu, void *data), int flags, void *data);
 extern void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
 		void (*cb)(unsigned int vcpu, void *data), int flags, void *data);
+extern void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn,
+		void (*cb)(unsigned int vcpu, uint32_t info, uint64_t address, void *data), int flags, int rw,
+		void *data);
 extern void qemu_plugin_register_atexit_cb(uint64_t id, void (*cb)(uint64_t id, void *data), void *data);
 extern size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
 extern uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
@@ -42,7 +49,33 @@ struct block {
 	uint64_t address;
 	uint64_t instructions;
 	uint64_t executed;
+	uint64_t code_pages;
+	uint64_t data_pages;
 };
+
+/* Guests of kdp-vmm run below 4 GiB, all else above. */
+#define IN_GUEST(address) ((address) < 1ull << 32)
+
+/* Pages that were touched in this epoch, by their hash; a few that collide count too often. */
+#define SLOTS (1 << 16)
+
+static struct {
+	uint64_t page;
+	uint64_t epoch;
+} seen[SLOTS];
+static uint64_t epoch = 1;
+
+static bool is_new(uint64_t address)
+{
+	uint64_t page = address >> 12;
+	size_t slot = (page * 0x9e3779b97f4a7c15ull) >> 48;
+
+	if (seen[slot].page == page && seen[slot].epoch == epoch)
+		return false;
+	seen[slot].page = page;
+	seen[slot].epoch = epoch;
+	return true;
+}
 
 /* With -icount the VM has one CPU and everything here runs on one thread. */
 static struct block *blocks;
@@ -63,8 +96,21 @@ static void execute(unsigned int vcpu, void *data)
 {
 	struct block *block = data;
 
-	if (counting)
-		block->executed += block->instructions;
+	if (!counting)
+		return;
+	block->executed += block->instructions;
+	if (IN_GUEST(block->address))
+		epoch++;
+	else
+		block->code_pages += is_new(block->address);
+}
+
+static void access(unsigned int vcpu, uint32_t info, uint64_t address, void *data)
+{
+	struct block *block = data;
+
+	if (counting && !IN_GUEST(block->address))
+		block->data_pages += is_new(address ^ 1ull << 63);
 }
 
 static void look_for_mark(struct qemu_plugin_insn *insn)
@@ -95,6 +141,8 @@ static void translate(uint64_t id, struct qemu_plugin_tb *tb)
 	qemu_plugin_register_vcpu_tb_exec_cb(tb, execute, 0, block);
 	for (i = 0; i < n; i++)
 		look_for_mark(qemu_plugin_tb_get_insn(tb, i));
+	for (i = 0; i < n; i++)
+		qemu_plugin_register_vcpu_mem_cb(qemu_plugin_tb_get_insn(tb, i), access, 0, READ_AND_WRITE, block);
 }
 
 static void write_out(uint64_t id, void *data)
@@ -107,8 +155,9 @@ static void write_out(uint64_t id, void *data)
 	}
 	for (const struct block *block = blocks; block; block = block->next)
 		if (block->executed)
-			fprintf(file, "%llx %llu\n", (unsigned long long)block->address,
-				(unsigned long long)block->executed);
+			fprintf(file, "%llx %llu %llu %llu\n", (unsigned long long)block->address,
+				(unsigned long long)block->executed, (unsigned long long)block->code_pages,
+				(unsigned long long)block->data_pages);
 	fclose(file);
 }
 

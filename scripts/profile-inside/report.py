@@ -31,12 +31,21 @@ class Symbols:
 
 
 def profile(raw, symbols):
-    """Instructions by function."""
-    counts = Counter()
+    """By function: instructions, and pages of code and of data that it was the first to touch."""
+    counts, code, data = Counter(), Counter(), Counter()
     for line in Path(raw).read_text(encoding="ascii").splitlines():
-        address, count = line.split()
-        counts[symbols.find(int(address, 16))] += int(count)
-    return counts
+        address, *numbers = line.split()
+        function = symbols.find(int(address, 16))
+        for counter, n in zip((counts, code, data), numbers):
+            counter[function] += int(n)
+    return counts, code, data
+
+
+def by_owner(counter):
+    owners = Counter()
+    for (_, owner), n in counter.items():
+        owners[owner] += n
+    return owners
 
 
 def main():
@@ -47,27 +56,35 @@ def main():
     p.add_argument("--top", type=int, default=60)
     p.add_argument("--json")
     args = p.parse_args()
-    counts = profile(args.raw, Symbols(args.kallsyms))
+    counts, code, data = profile(args.raw, Symbols(args.kallsyms))
     total = sum(counts.values())
     if not total:
         raise SystemExit("error: nothing was counted: the program that ran has no marks, or never came to them.")
-    owners = Counter()
-    for (_, owner), n in counts.items():
-        owners[owner] += n
-    per_page = {owner: n / args.pages for owner, n in owners.most_common()}
-    print(f"{'instructions/page':>17}  of all")
-    for owner, n in per_page.items():
-        print(f"{n:17.1f}  {100 * n * args.pages / total:5.1f} %  {owner}")
-    print(f"{total / args.pages:17.1f}  100.0 %  in all\n")
-    print(f"{'instructions/page':>17}  function")
+    pages = args.pages
+    owners, owners_code, owners_data = by_owner(counts), by_owner(code), by_owner(data)
+    print("For each page that the guest visits: instructions, and first touches of a page of code or data.\n")
+    print(f"{'instructions':>12}  of all  {'code':>6} {'data':>6}")
+    for owner, n in owners.most_common():
+        share = 100 * n / total
+        print(f"{n / pages:12.1f} {share:5.1f} %  {owners_code[owner] / pages:6.2f} {owners_data[owner] / pages:6.2f}  {owner}")
+    print(f"{total / pages:12.1f} 100.0 %  {sum(code.values()) / pages:6.2f} {sum(data.values()) / pages:6.2f}  in all\n")
+    print(f"{'instructions':>12}  {'code':>6} {'data':>6}  function")
     for (name, owner), n in counts.most_common(args.top):
-        print(f"{n / args.pages:17.1f}  {name}{'' if owner in ('kernel', name.strip('()')) else f' [{owner}]'}")
+        where = "" if owner in ("kernel", name.strip("()")) else f" [{owner}]"
+        f = (name, owner)
+        print(f"{n / pages:12.1f}  {code[f] / pages:6.2f} {data[f] / pages:6.2f}  {name}{where}")
     if args.json:
-        functions = [{"function": f, "owner": o, "per_page": n / args.pages} for (f, o), n in counts.most_common()]
-        Path(args.json).write_text(
-            json.dumps({"pages": args.pages, "owners": per_page, "functions": functions}, indent=1) + "\n",
-            encoding="ascii",
-        )
+        functions = [
+            {
+                "function": f[0],
+                "owner": f[1],
+                "instructions": n / pages,
+                "code_pages": code[f] / pages,
+                "data_pages": data[f] / pages,
+            }
+            for f, n in counts.most_common()
+        ]
+        Path(args.json).write_text(json.dumps({"pages": pages, "functions": functions}, indent=1) + "\n", encoding="ascii")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 //! A vCPU and the ways in which its guest stops.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{kvm_regs, kvm_segment};
@@ -12,10 +13,15 @@ use crate::machine::{Inner, PML4};
 
 const INTERRUPTED: [i32; 2] = [Errno::INTR.raw_os_error(), Errno::AGAIN.raw_os_error()];
 
+/// KVM cannot map pages in advance: it is too old, or the CPU has no two-dimensional paging.
+const CANNOT_PRE_FAULT: [i32; 2] = [Errno::OPNOTSUPP.raw_os_error(), Errno::NOTTY.raw_os_error()];
+
 /// A vCPU of a [`Machine`](crate::Machine). The thread that first runs it must be the one that goes on.
 pub struct Vcpu {
     fd: VcpuFd,
     number: u64,
+    // KVM may be able to, as far as is known.
+    pre_faults: bool,
     // Keeps the memory that KVM has.
     _machine: Arc<Inner>,
 }
@@ -105,6 +111,7 @@ impl Vcpu {
         Ok(Self {
             fd,
             number,
+            pre_faults: true,
             _machine: machine,
         })
     }
@@ -122,6 +129,22 @@ impl Vcpu {
     /// Let the next run stop at once.
     pub fn set_immediate_exit(&mut self, on: bool) {
         self.fd.set_kvm_immediate_exit(on.into());
+    }
+
+    /// Map a page that is present now, so that the guest finds it when it tries again. What does not work
+    /// here is left to the guest's own fault.
+    #[inline]
+    pub fn pre_fault(&mut self, fault: &MemoryFault) {
+        if !self.pre_faults {
+            return;
+        }
+        // SAFETY: the fd is open as long as `self.fd` is, which this call does not outlive.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        if let Err(e) = kvm_demand_paging::pre_fault(fd, fault.gpa, fault.size) {
+            self.pre_faults = !e
+                .errno()
+                .is_some_and(|errno| CANNOT_PRE_FAULT.contains(&errno));
+        }
     }
 
     /// The vCPU itself, for everything else that kvm-ioctls can do with it.

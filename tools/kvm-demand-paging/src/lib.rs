@@ -54,6 +54,7 @@ mod map;
 mod memfd;
 mod memslot;
 mod pass;
+mod prefault;
 mod range;
 pub mod source;
 mod sys;
@@ -78,6 +79,7 @@ pub use map::{AliasMap, GuestMap};
 pub use memfd::{Backing, Memfd, Seals};
 pub use memslot::{Memslot, MemslotBuilder, MemslotInfo, Memslots};
 pub use pass::{receive_vm, send_vm};
+pub use prefault::pre_fault;
 pub use range::{coalesce, PageRange};
 pub use vm::{Features, Info, Marked, Paging, State, Vm};
 

@@ -106,6 +106,7 @@ fn run_vcpu(mut vcpu: Vcpu, pager: &dyn Pager, barrier: &Barrier) -> Result<Outc
             Stop::Fault(fault) => {
                 outcome.exits += 1;
                 pager.resolve(&fault)?;
+                vcpu.pre_fault(&fault);
             }
             Stop::Echo | Stop::Interrupted => {}
             Stop::Tick(_) => outcome.ticks += 1,
