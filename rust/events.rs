@@ -13,20 +13,28 @@ use crate::{
             Pid, //
         },
         uapi::*,
-        wait::Gate, //
+        wait::{
+            now_ns,
+            Gate,
+            Until, //
+        }, //
     },
-    rules::queue::{
-        Delivery,
-        EnterError,
-        Entry,
-        Event,
-        Key,
-        NoMemory,
-        OrderedMap,
-        Owner,
-        Queue,
-        Ticket, //
-    }, //
+    max_poll_ns,
+    rules::{
+        poll,
+        queue::{
+            Delivery,
+            EnterError,
+            Entry,
+            Event,
+            Key,
+            NoMemory,
+            OrderedMap,
+            Owner,
+            Queue,
+            Ticket, //
+        },
+    },
 };
 use kernel::{
     fs::File,
@@ -73,12 +81,13 @@ impl<K: Ord + Copy, V> OrderedMap<K, V> for Map<K, V> {
     }
 }
 
-/// The access that came first, and where it waits.
-#[derive(Clone)]
-struct First {
+/// The access that came first, and the gate that it and all after it wait at.
+#[pin_data]
+pub(crate) struct Waited {
     access: Access,
     thread: Pid,
-    gate: Arc<Gate>,
+    #[pin]
+    gate: Gate,
 }
 
 /// A touch, as an event reports it.
@@ -92,7 +101,7 @@ pub(crate) struct Access {
     pub(crate) flags: u32,
 }
 
-type EventQueue = Queue<Map<Key, Entry<First>>, Map<u64, Key>>;
+type EventQueue = Queue<Map<Key, Entry<Arc<Waited>>>, Map<u64, Key>>;
 
 /// The event queue.
 #[pin_data]
@@ -104,6 +113,8 @@ pub(crate) struct Events {
     /// A copy of the queue's "closed" for a fault that does not wait. Relaxed: who goes on to wait
     /// learns it again under the mutex, and who exits may be a moment late.
     closed: Atomic<bool>,
+    /// How long a waiter looks out for its page before it sleeps, in nanoseconds. A guess: relaxed.
+    poll_ns: Atomic<u64>,
 }
 
 impl Events {
@@ -115,6 +126,7 @@ impl Events {
             ),
             readable <- new_poll_condvar!("kdp_readable"),
             closed: Atomic::new(false),
+            poll_ns: Atomic::new(0),
         })
     }
 
@@ -128,13 +140,15 @@ impl Events {
         key: Key,
         access: Access,
         is_absent: impl FnOnce() -> bool,
-    ) -> Result<Option<(Ticket, Arc<Gate>)>, EnterError> {
+    ) -> Result<Option<(Ticket, Arc<Waited>)>, EnterError> {
         let first = || {
-            Ok(First {
+            let thread = Pid::current().ok_or(NoMemory)?;
+            let waited = pin_init!(Waited {
                 access,
-                thread: Pid::current().ok_or(NoMemory)?,
-                gate: Gate::new().map_err(|_| NoMemory)?,
-            })
+                thread,
+                gate <- Gate::new(),
+            });
+            Arc::pin_init(waited, GFP_KERNEL_ACCOUNT).map_err(|_| NoMemory)
         };
         let mut queue = self.queue.lock();
         if !is_absent() {
@@ -145,11 +159,26 @@ impl Events {
         if is_new {
             self.readable.notify_one();
         }
-        Ok(Some((ticket, first.gate)))
+        Ok(Some((ticket, first)))
+    }
+
+    /// The current thread waits until its page is resolved, or for a signal.
+    pub(crate) fn wait(&self, ticket: Ticket, waited: &Waited, until: Until) {
+        let poll = self.poll_ns.load(Relaxed);
+        let start = now_ns();
+        // Whoever opens the gate has taken the ticket away.
+        if !waited.gate.poll(poll) && !waited.gate.wait(until) {
+            self.leave(ticket);
+            return;
+        }
+        let next = poll::next(poll, now_ns().saturating_sub(start), max_poll_ns());
+        if next != poll {
+            self.poll_ns.store(next, Relaxed);
+        }
     }
 
     /// The current thread no longer waits.
-    pub(crate) fn leave(&self, ticket: Ticket) {
+    fn leave(&self, ticket: Ticket) {
         self.queue.lock().leave(ticket);
     }
 
@@ -158,7 +187,7 @@ impl Events {
     pub(crate) fn resolve(&self, slot: u32, first: u64, last: u64) -> u64 {
         self.queue
             .lock()
-            .resolve(slot, first, last, |w: First| w.gate.open())
+            .resolve(slot, first, last, |w: Arc<Waited>| w.gate.open())
     }
 
     /// A process no longer has the VM: what it has read and not resolved is for the next.
@@ -171,7 +200,7 @@ impl Events {
     /// Nobody can resolve events any more.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
-        self.queue.lock().close(|w: First| w.gate.open());
+        self.queue.lock().close(|w: Arc<Waited>| w.gate.open());
     }
 
     /// Whether somebody can.
@@ -218,7 +247,7 @@ impl Events {
     }
 
     /// The next event; waits for one, unless `at_once`.
-    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<(Delivery, Event<First>)>> {
+    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<(Delivery, Event<Arc<Waited>>)>> {
         let mut queue = self.queue.lock();
         loop {
             if let Some(delivered) = queue.read(owner) {
@@ -236,20 +265,21 @@ impl Events {
     }
 }
 
-fn describe(event: Event<First>) -> kdp_event {
+fn describe(event: Event<Arc<Waited>>) -> kdp_event {
     let Event {
         key,
         waiters,
         deliveries,
-        payload: First { access, thread, .. },
+        payload: waited,
     } = event;
+    let access = waited.access;
     kdp_event {
         type_: KDP_EVENT_ABSENT,
         slot_id: access.slot_id,
         page: key.page,
         gfn: access.gfn,
         access: access.flags,
-        tid: thread.number_here(),
+        tid: waited.thread.number_here(),
         waiters,
         deliveries,
         ..Default::default()

@@ -238,7 +238,7 @@ fn wait<'a>(
     let is_absent = || pages.state(page) == State::Absent;
     let entered = slot.vm.events.enter(slot.key(page), touch, is_absent);
     drop(pages);
-    let (ticket, gate) = match entered {
+    let (ticket, waited) = match entered {
         Ok(Some(entered)) => entered,
         Ok(None) => return Err(fault),
         Err(EnterError::Closed) => return Ok(fail(&slot)),
@@ -256,10 +256,7 @@ fn wait<'a>(
     // The mapping, and with it the memslot's file, may go while this thread sleeps.
     let slot: Arc<Memslot> = slot.into();
     fault.release_lock();
-    if !gate.wait(until) {
-        // Whoever opens the gate has taken the ticket away.
-        slot.vm.events.leave(ticket);
-    }
+    slot.vm.events.wait(ticket, &waited, until);
     Ok(Outcome::Retry)
 }
 

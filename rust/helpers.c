@@ -12,7 +12,9 @@
 #include <linux/mman.h>
 #include <linux/pagemap.h>
 #include <linux/pid.h>
+#include <linux/sched/clock.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/stat.h>
 #include <linux/shmem_fs.h>
 
 #include "helpers.h"
@@ -353,6 +355,30 @@ int kdp_current_pid_nr(void)
 bool kdp_fatal_signal_pending(void)
 {
 	return fatal_signal_pending(current);
+}
+
+/* waiting */
+
+u64 kdp_now_ns(void)
+{
+	return local_clock();
+}
+
+/*
+ * As kvm_vcpu_can_poll() in virt/kvm/kvm_main.c has it: not where somebody else
+ * could run. Acquire: what was written before complete_all() is seen.
+ */
+bool kdp_poll_completion(struct completion *done, u64 ns)
+{
+	u64 end = local_clock() + ns;
+
+	do {
+		if (smp_load_acquire(&done->done))
+			return true;
+		cpu_relax();
+	} while (single_task_running() && !need_resched() &&
+		 !signal_pending(current) && local_clock() < end);
+	return false;
 }
 
 /* locks and trees */

@@ -6,6 +6,7 @@
 #ifndef KDP_HELPERS_H
 #define KDP_HELPERS_H
 
+#include <linux/completion.h>
 #include <linux/fcntl.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
@@ -81,6 +82,10 @@ struct pid *kdp_get_pid(struct pid *pid);
 bool kdp_pid_alive(struct pid *pid);
 int kdp_current_pid_nr(void);
 bool kdp_fatal_signal_pending(void);
+
+/* waiting */
+u64 kdp_now_ns(void);
+bool kdp_poll_completion(struct completion *done, u64 ns);
 
 /* locks and trees */
 void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,

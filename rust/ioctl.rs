@@ -33,6 +33,7 @@ use crate::{
         Vm, //
     }, //
 };
+use core::slice;
 use kernel::{
     bindings::O_CLOEXEC,
     fs::file::FileDescriptorReservation,
@@ -240,7 +241,7 @@ fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
     let memslot = vm.slot(arg.slot_id)?;
     let ranges = read_ranges(&memslot, arg)?;
     let mut progress = Progress::default();
-    let result = ranges.iter().try_for_each(|&range| match state {
+    let result = ranges.as_slice().iter().try_for_each(|&range| match state {
         State::Absent => memslot.mark_absent(range, &mut progress),
         to => memslot.resolve(range, to, &mut progress),
     });
@@ -249,22 +250,42 @@ fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
     result
 }
 
+/// The ranges of one call. A handler that answers faults names one at a time: that needs no memory.
+enum Ranges {
+    One(PageRange),
+    Many(KVVec<PageRange>),
+}
+
+impl Ranges {
+    fn as_slice(&self) -> &[PageRange] {
+        match self {
+            Ranges::One(range) => slice::from_ref(range),
+            Ranges::Many(ranges) => ranges,
+        }
+    }
+}
+
 /// Reads and checks all ranges before the first of them is done.
-fn read_ranges(memslot: &Arc<Memslot>, arg: &kdp_mark) -> Result<KVVec<PageRange>> {
+fn read_ranges(memslot: &Arc<Memslot>, arg: &kdp_mark) -> Result<Ranges> {
     if arg.nr_ranges == 0 || arg.nr_ranges > KDP_MAX_RANGES {
         return Err(EINVAL);
     }
     let count = arg.nr_ranges as usize;
-    let mut ranges = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
     let address = UserPtr::from_addr(usize::try_from(arg.ranges).map_err(|_| EFAULT)?);
     let mut reader = UserSlice::new(address, count * size_of::<kdp_range>()).reader();
-    for _ in 0..count {
+    let mut next = || -> Result<PageRange> {
         let mut range = kdp_range::default();
         reader.read_slice(range.bytes_mut())?;
-        let range = memslot.range(range.first, range.count).ok_or(EINVAL)?;
-        ranges.push(range, GFP_KERNEL_ACCOUNT)?;
+        memslot.range(range.first, range.count).ok_or(EINVAL)
+    };
+    if count == 1 {
+        return next().map(Ranges::One);
     }
-    Ok(ranges)
+    let mut ranges = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+    for _ in 0..count {
+        ranges.push(next()?, GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok(Ranges::Many(ranges))
 }
 
 fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &kdp_vcpu_exits) -> Result {

@@ -36,6 +36,17 @@ module! {
     authors: ["The kvm-demand-paging developers"],
     description: "Demand paging for KVM guests, 4 KiB at a time on any backing",
     license: "GPL",
+    params: {
+        wait_poll_us: u32 {
+            default: 200,
+            description: "Longest time that a thread looks out for its page before it sleeps, in microseconds; 0: sleep at once",
+        },
+    },
+}
+
+/// Longest time that a thread looks out for its page before it sleeps.
+fn max_poll_ns() -> u64 {
+    u64::from(module_parameters::wait_poll_us.value()) * 1000
 }
 
 /// The loaded module. The device goes first: it is what brings users in.

@@ -9,6 +9,7 @@
 pub mod bits;
 pub mod collapse;
 pub mod name;
+pub mod poll;
 pub mod queue;
 pub mod range;
 pub mod stage2;

@@ -15,6 +15,7 @@ mod loom_pages;
 mod loom_wait;
 mod loom_zero;
 mod name;
+mod poll;
 mod queue;
 mod range;
 mod source;
