@@ -432,3 +432,44 @@ TEST_F(abi_create, emfile)
 	EXPECT_EQ(0, kdp_create(self->vm, &self->arg));
 	leave_fds(_metadata, -1);
 }
+
+static void write_number(struct __test_metadata *_metadata, const char *path, unsigned long value)
+{
+	FILE *f = fopen(path, "w");
+
+	ASSERT_NE(NULL, f) TH_LOG("%s: %m", path);
+	fprintf(f, "%lu", value);
+	ASSERT_EQ(0, fclose(f));
+}
+
+/* The system has no file left. Root is given one all the same, so somebody else asks. */
+TEST_F(abi_create, enfile)
+{
+	const char *max = "/proc/sys/fs/file-max";
+	unsigned long before = 0;
+	FILE *f = fopen(max, "r");
+	pid_t child;
+
+	ASSERT_NE(NULL, f);
+	ASSERT_EQ(1, fscanf(f, "%lu", &before));
+	fclose(f);
+	ASSERT_EQ(0, kdp_create(self->vm, &self->arg));
+	write_number(_metadata, max, 1);
+	child = fork();
+	if (!child) {
+		struct kdp_memslot_create arg = self->arg;
+		struct kdp_memslot_get get;
+
+		if (setresuid(65534, 65534, 65534))
+			_exit(1);
+		arg.slot_id++;
+		arg.base_gfn += PAGES;
+		if (kdp_create(self->vm, &arg) != ENFILE)
+			_exit(2);
+		/* What exists is handed out: that takes a descriptor, but no file. */
+		_exit(kdp_get(self->vm, self->arg.slot_id, KDP_GET_FD, &get) ? 3 : 0);
+	}
+	EXPECT_EQ(0, child_status(child));
+	write_number(_metadata, max, before);
+	EXPECT_EQ(0, kdp_remove(self->vm, self->arg.slot_id));
+}

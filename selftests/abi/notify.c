@@ -339,3 +339,13 @@ TEST_F(notify, signal_to_a_waiting_system_call)
 	EXPECT_EQ(0x51, t->val);
 	EXPECT_LT(0, atomic_load(&signals));
 }
+
+TEST_F(notify, read_of_a_memslot_is_einval)
+{
+	char buf[2 * EV];
+
+	EXPECT_EQ(-1, read(self->s.fd, buf, sizeof(buf)));
+	EXPECT_EQ(EINVAL, errno);
+	EXPECT_EQ(-1, read(self->s.fd, buf, 1));
+	EXPECT_EQ(EINVAL, errno);
+}

@@ -266,3 +266,38 @@ TEST_F(abi, paging_switches_while_in_use)
 	EXPECT_EQ(1, write(stop_pipe[1], "x", 1));
 	EXPECT_EQ(0, child_status(child));
 }
+
+/* OFF fills zero pages first. Killed meanwhile, it has changed nothing else. */
+TEST_F(abi, paging_off_dies_on_a_fatal_signal)
+{
+	const __u64 pages = 16384;
+	struct slot s;
+
+	if (variant->hugetlb)
+		SKIP(return, "the same for all backings");
+	s = slot_on(_metadata, self->vm, 2, pages, KDP_MEMSLOT_PAGING, false);
+	/* At different places, with luck: whatever the place, what is left is as it was. */
+	for (int delay_ms = 0; delay_ms < 60; delay_ms += 7) {
+		pid_t child;
+		int status;
+
+		ASSERT_EQ(0, kdp_paging(s.vm, s.id, KDP_PAGING_ON));
+		ASSERT_EQ(0, kdp_mark(s.vm, s.id, KDP_STATE_ZERO, 0, pages - 1).err);
+		child = fork();
+		if (!child)
+			_exit(kdp_paging(s.vm, s.id, KDP_PAGING_OFF) ? 1 : 0);
+		usleep(delay_ms * 1000);
+		ASSERT_EQ(0, kill(child, SIGKILL));
+		ASSERT_EQ(child, waitpid(child, &status, 0));
+		if (!WIFSIGNALED(status)) {
+			EXPECT_EQ(0, WEXITSTATUS(status));
+			continue;
+		}
+		EXPECT_EQ(KDP_PAGING_ON, paging_of(&s));
+		/* The page that was absent is absent; the others are zero, filled or not. */
+		EXPECT_EQ(0, bit_get(s.bitmap, pages - 1));
+		EXPECT_BYTE(0, s.guest);
+		EXPECT_BYTE(0, s.guest + (pages - 2) * PAGE);
+		EXPECT_EQ(1, kdp_mark(s.vm, s.id, KDP_STATE_PRESENT, pages - 1, 1).changed);
+	}
+}

@@ -151,7 +151,7 @@ struct kdp_info {
  *    F_SEAL_FUTURE_WRITE.
  *  - EEXIST: slot_id, a part of the GFN range or the name is taken.
  *  - ENOSPC: the VM has max_memslots memslots.
- *  - EMFILE, ENFILE: no file descriptor is left.
+ *  - EMFILE: no file descriptor is left. ENFILE: the system has no open file left.
  */
 struct kdp_memslot_create {
 	__u32 size;
@@ -211,7 +211,7 @@ struct kdp_memslot_remove {
  * Errors beside the common ones:
  *
  *  - ENOENT: no such memslot; with KDP_GET_NEXT, none from slot_id upwards.
- *  - EMFILE, ENFILE: no file descriptor is left.
+ *  - EMFILE: no file descriptor is left.
  */
 struct kdp_memslot_get {
 	__u32 size;
@@ -310,9 +310,9 @@ struct kdp_range {
  * by fallocate(2) with FALLOC_FL_PUNCH_HOLE on the memfd.
  *
  * ZERO: absent pages that are known to hold nothing. When touched, they are
- * zero-filled in the kernel and become present, with neither exit nor event;
- * who waits for them is woken and gets zeros. A page that is present stays as
- * it is and is not counted.
+ * zero-filled in the kernel and become present, with neither exit nor event.
+ * A page that is present stays as it is and is not counted. Who waits for a
+ * page goes on, as with PRESENT: to zeros, or to what a present page holds.
  *
  * @done and @changed are written also when the call fails half-way.
  *
