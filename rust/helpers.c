@@ -366,13 +366,14 @@ u64 kdp_now_ns(void)
 
 /*
  * As kvm_vcpu_can_poll() in virt/kvm/kvm_main.c has it: not where somebody else
- * could run. Acquire: what was written before complete_all() is seen.
+ * could run.
  */
 bool kdp_poll_completion(struct completion *done, u64 ns)
 {
 	u64 end = local_clock() + ns;
 
 	do {
+		/* Pairs with the lock in complete_all(): what came before is seen. */
 		if (smp_load_acquire(&done->done))
 			return true;
 		cpu_relax();

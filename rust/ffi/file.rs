@@ -240,18 +240,14 @@ impl<F: FileOps, D> Fops<F, D> {
     ) -> c_ulong {
         // SAFETY: By the caller's promise.
         let this = unsafe { borrow::<F>(file) };
-        match this.remapper().filter(|r| r.is_ours()) {
-            // SAFETY: By the caller's promise, and as just seen.
-            Some(remapper) => {
-                match unsafe { remapper.verify(file, address, bytes, pgoff as u64) } {
-                    Ok(address) => address,
-                    Err(e) => e.to_errno() as c_ulong,
-                }
-            }
+        let Some(remapper) = this.remapper().filter(|r| r.is_ours()) else {
             // Aligned with the huge pages of its backing.
             // SAFETY: By the caller's promise.
-            None => unsafe { bindings::thp_get_unmapped_area(file, address, bytes, pgoff, flags) },
-        }
+            return unsafe { bindings::thp_get_unmapped_area(file, address, bytes, pgoff, flags) };
+        };
+        // SAFETY: By the caller's promise, and as just seen.
+        let verified = unsafe { remapper.verify(file, address, bytes, pgoff as u64) };
+        verified.unwrap_or_else(|e| e.to_errno() as usize)
     }
 
     /// # Safety

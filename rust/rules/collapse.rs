@@ -35,6 +35,9 @@ pub fn widest(
         if count == limit {
             return found;
         }
-        size = size.checked_mul(STEP)?;
+        let Some(next) = size.checked_mul(STEP) else {
+            return found;
+        };
+        size = next;
     }
 }

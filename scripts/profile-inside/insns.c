@@ -9,9 +9,6 @@
  * DATA are how often the block was the first to execute, or to access, a page of memory since the VM's own guest ran
  * last. Emulation, like a processor without tags in its TLB, forgets all translations when a guest is entered or left,
  * and looking them up again is most of the time that a fault takes there.
- *
- * QEMU's header is not packaged by Debian; these are the parts of its plugin API, version 4, that are used
- * (include/qemu/qemu-plugin.h of QEMU 10.0).
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -19,28 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define API_VERSION 4
-#define READ_AND_WRITE 3
-
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-struct qemu_info_t;
-
-extern void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id,
-		void (*cb)(uint64_t id, struct qemu_plugin_tb *tb));
-extern void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb,
-		void (*cb)(unsigned int vcpu, void *data), int flags, void *data);
-extern void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
-		void (*cb)(unsigned int vcpu, void *data), int flags, void *data);
-extern void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn,
-		void (*cb)(unsigned int vcpu, uint32_t info, uint64_t address, void *data), int flags, int rw,
-		void *data);
-extern void qemu_plugin_register_atexit_cb(uint64_t id, void (*cb)(uint64_t id, void *data), void *data);
-extern size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
-extern uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
-extern struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
-extern size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *to, size_t size);
-extern size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn);
+#include "plugin-api.h"
 
 __attribute__((visibility("default"))) int qemu_plugin_version = API_VERSION;
 
