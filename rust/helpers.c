@@ -76,6 +76,22 @@ void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags)
 	vm_flags_set(vma, flags);
 }
 
+/* As thp_get_unmapped_area(), for blocks of more than a PMD, too. */
+unsigned long kdp_get_unmapped_area(struct file *file, unsigned long address,
+				    unsigned long bytes, unsigned long pgoff,
+				    unsigned long flags, unsigned int order)
+{
+	unsigned long size = PAGE_SIZE << order, found;
+
+	if (order > PMD_ORDER && !address && !(flags & MAP_FIXED) &&
+	    bytes >= size && bytes + size > bytes) {
+		found = mm_get_unmapped_area(file, 0, bytes + size, pgoff, flags);
+		if (!IS_ERR_VALUE(found))
+			return found + (((pgoff << PAGE_SHIFT) - found) & (size - 1));
+	}
+	return thp_get_unmapped_area(file, address, bytes, pgoff, flags);
+}
+
 /* Whether huge faults reach the area's handler at all. */
 bool kdp_vma_may_be_huge(struct vm_area_struct *vma)
 {

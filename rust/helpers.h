@@ -33,6 +33,9 @@ void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
 pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma);
 void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags);
+unsigned long kdp_get_unmapped_area(struct file *file, unsigned long address,
+				    unsigned long bytes, unsigned long pgoff,
+				    unsigned long flags, unsigned int order);
 bool kdp_vma_may_be_huge(struct vm_area_struct *vma);
 bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
 			unsigned int order);

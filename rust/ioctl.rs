@@ -15,6 +15,7 @@ use crate::{
         uapi::*, //
     },
     memslot::{
+        Collapsed,
         Memslot,
         Place,
         Progress, //
@@ -64,6 +65,7 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_PAGING => simple(arg, |a| paging(vm, a)),
         KDP_CMD_MARK => with_answer(arg, |a| mark(vm, a)),
         KDP_CMD_VCPU_EXITS => simple(arg, |a| vcpu_exits(vm, a)),
+        KDP_CMD_COLLAPSE => with_answer(arg, |a| collapse(vm, a)),
         _ => Err(ENOTTY),
     }
 }
@@ -116,7 +118,8 @@ fn check_unknown(flags: u32, known: u32, reserved: u32) -> Result {
 
 fn info(arg: &mut kdp_info) -> Result {
     check_unknown(arg.flags, 0, 0)?;
-    let mut features = u64::from(KDP_FEATURE_PATHS | KDP_FEATURE_HUGE | KDP_FEATURE_ZERO);
+    let mut features =
+        u64::from(KDP_FEATURE_PATHS | KDP_FEATURE_HUGE | KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE);
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
     }
@@ -286,6 +289,19 @@ fn read_ranges(memslot: &Arc<Memslot>, arg: &kdp_mark) -> Result<Ranges> {
         ranges.push(next()?, GFP_KERNEL_ACCOUNT)?;
     }
     Ok(Ranges::Many(ranges))
+}
+
+fn collapse(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_collapse) -> Result {
+    check_unknown(arg.flags, 0, arg.__reserved)?;
+    let memslot = vm.slot(arg.slot_id)?;
+    let range = memslot.range(arg.first, arg.count).ok_or(EINVAL)?;
+    let mut report = Collapsed::default();
+    let result = memslot.collapse(range, &mut report);
+    arg.collapsed = report.whole;
+    arg.incomplete = report.incomplete;
+    arg.small = report.small;
+    arg.missing = report.missing.unwrap_or(u64::MAX);
+    result
 }
 
 fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &kdp_vcpu_exits) -> Result {

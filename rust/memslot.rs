@@ -46,6 +46,10 @@ use crate::{
     },
     path::Name,
     rules::{
+        collapse::{
+            blocks,
+            BLOCK_PAGES, //
+        },
         queue::{
             Key,
             Owner, //
@@ -105,6 +109,19 @@ pub(crate) struct Progress {
     pub(crate) done: u32,
     /// Pages whose state changed.
     pub(crate) changed: u64,
+}
+
+/// What came of a call for blocks, in pages.
+#[derive(Default)]
+pub(crate) struct Collapsed {
+    /// In blocks that are whole.
+    pub(crate) whole: u64,
+    /// In blocks that lack a page.
+    pub(crate) incomplete: u64,
+    /// That no huge entry can map.
+    pub(crate) small: u64,
+    /// The first page that a block lacks.
+    pub(crate) missing: Option<u64>,
 }
 
 /// A memslot.
@@ -215,10 +232,75 @@ impl Memslot {
                 changed,
                 woken,
             );
+            if changed > 0 && to == State::Present {
+                self.unmap_whole_blocks(first - part.count, part.count);
+            }
             (changed, woken) = (0, 0);
         }
         progress.done += 1;
         Ok(())
+    }
+
+    /// Pages have become present: blocks among them that are whole now are unmapped, so that the next
+    /// touch finds that out. The caller has `changes`: none of them becomes absent meanwhile.
+    fn unmap_whole_blocks(&self, first: u64, count: u64) {
+        let (start, end) = (first & !(BLOCK_PAGES - 1), first + count);
+        let end = end.next_multiple_of(BLOCK_PAGES).min(self.place.nr_pages);
+        if let Some(range) = self.range(start, end - start) {
+            // Not killed: that is for longer ranges than a call may leave half done.
+            self.collapse_blocks(range, &mut Collapsed::default());
+        }
+    }
+
+    /// Unmaps the whole blocks of a range from everybody, so that the next touches map them by one entry.
+    pub(crate) fn collapse(&self, range: PageRange, report: &mut Collapsed) -> Result {
+        let _changes = self.changes.lock();
+        let (mut first, end) = (range.first(), range.last() + 1);
+        while first < end {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            if self.pages.read().mode() == Mode::Removed {
+                return Err(ENOENT);
+            }
+            let stop = end.min((first / CHUNK_PAGES + 1) * CHUNK_PAGES);
+            let part = self.range(first, stop - first).ok_or(EINVAL)?;
+            self.collapse_blocks(part, report);
+            first = stop;
+        }
+        Ok(())
+    }
+
+    /// The caller has `changes`.
+    fn collapse_blocks(&self, range: PageRange, report: &mut Collapsed) {
+        let mut run: Option<(u64, u64)> = None;
+        for (block, is_full) in blocks(range) {
+            let is_huge = is_full && self.backing.order() >= BLOCK_PAGES.trailing_zeros();
+            let pages = self.pages.read();
+            if is_huge && pages.all_present(block, true) {
+                report.whole += block.count();
+                run = Some(
+                    run.map_or((block.first(), block.count()), |(first, count)| {
+                        (first, count + block.count())
+                    }),
+                );
+                continue;
+            }
+            if is_huge {
+                report.incomplete += block.count();
+                let missing = report.missing.or_else(|| pages.first_missing(block));
+                report.missing = missing;
+            } else {
+                report.small += block.count();
+            }
+            drop(pages);
+            if let Some((first, count)) = run.take() {
+                self.inode.unmap(first, count);
+            }
+        }
+        if let Some((first, count)) = run {
+            self.inode.unmap(first, count);
+        }
     }
 
     /// Makes a range absent: unmapped from everybody, and its folios unpinned where nothing else
@@ -395,6 +477,10 @@ impl FileOps for Memslot {
     }
 
     fn left_by(_this: ArcBorrow<'_, Self>, _reader: Owner) {}
+
+    fn block_order(&self) -> u32 {
+        self.backing.order()
+    }
 
     fn remapper(&self) -> Option<&Remapper> {
         Some(&self.remapper)

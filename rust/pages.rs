@@ -152,6 +152,23 @@ impl Pages {
         }
     }
 
+    /// The first page of a range whose present bit is clear.
+    pub(crate) fn first_missing(&self, range: PageRange) -> Option<u64> {
+        let mut first = range.first();
+        for part in range.chunks() {
+            let found = match (self.mode, Self::words(&self.present, part.chunk)) {
+                (Mode::On { .. }, Some(words)) => bits::first_clear(words, part),
+                (Mode::On { default: false }, None) | (Mode::Removed, _) => Some(part.first),
+                (Mode::On { default: true }, None) | (Mode::Off, _) => None,
+            };
+            if let Some(found) = found {
+                return Some(first + (found - part.first));
+            }
+            first += part.count;
+        }
+        None
+    }
+
     /// The page of the present bitmap that holds a chunk's bits, to map it; none when paging is off.
     pub(crate) fn bitmap_page(&self, chunk: u64) -> Result<Option<&SharedPage>> {
         match self.mode {

@@ -70,6 +70,7 @@ arguments! {
     kdp_paging: 16;
     kdp_mark: 40;
     kdp_vcpu_exits: 16;
+    kdp_collapse: 64;
 }
 
 const _: () = assert!(size_of::<kdp_event>() == 48 && size_of::<kdp_range>() == 16);

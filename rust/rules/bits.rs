@@ -54,6 +54,14 @@ pub fn first_set_unless<W: Word>(words: &[W], unless: Option<&[W]>, from: u64) -
     })
 }
 
+/// The first page of a part, counted from the chunk's, whose bit is clear.
+pub fn first_clear<W: Word>(words: &[W], part: ChunkPart) -> Option<u64> {
+    part.words().find_map(|(i, mask)| {
+        let clear = mask & !words[i].load_acquire();
+        (clear != 0).then(|| i as u64 * WORD_PAGES + u64::from(clear.trailing_zeros()))
+    })
+}
+
 /// Clears the bits of a part in two bitmaps; returns of how many pages this call changed either.
 pub fn clear_both<W: Word>(a: Option<&[W]>, b: Option<&[W]>, part: ChunkPart) -> u64 {
     let clear = |words: Option<&[W]>, i: usize, mask| words.map_or(0, |w| w[i].clear(mask));

@@ -14,6 +14,18 @@ pub const BLOCK_PAGES: u64 = 512;
 /// How many ranges of a size make one of the next.
 const STEP: u64 = 8;
 
+/// The parts of a range, block by block, in order, and whether each is a block in full.
+pub fn blocks(range: PageRange) -> impl Iterator<Item = (PageRange, bool)> {
+    let end = range.last() + 1;
+    let mut next = range.first();
+    core::iter::from_fn(move || {
+        let part = end.min((next / BLOCK_PAGES + 1).saturating_mul(BLOCK_PAGES));
+        let part = PageRange::new(next, part.checked_sub(next)?, end)?;
+        next += part.count();
+        Some((part, part.count() == BLOCK_PAGES))
+    })
+}
+
 /// The widest range around `page`, in a memslot of `limit` pages, for which `is_whole` holds, as it does
 /// for every smaller one around the page. Ranges are aligned to their size, and the last one is cut
 /// at the memslot's end.

@@ -63,6 +63,7 @@ def parse(argv):
     p.add_argument("--memory", default="4G")
     p.add_argument("--cpus", type=int, default=2)
     p.add_argument("--hugepages", type=int, default=0)
+    p.add_argument("--hugepages-1g", type=int, default=0)
     p.add_argument("--kernel-arg", action="append", default=[])
     p.add_argument("--icount", action="store_true")
     p.add_argument("--plugin")
@@ -173,6 +174,8 @@ def virtme_args(args, kvm, stderr_fd):
     if not kvm:
         # Emulation on a busy host is not a lockup.
         kernel_args += ["rcupdate.rcu_cpu_stall_timeout=60", "watchdog_thresh=30"]
+    if args.hugepages_1g:
+        kernel_args += ["hugepagesz=1G", f"hugepages={args.hugepages_1g}"]
     if args.hugepages:
         kernel_args += ["hugepagesz=2M", f"hugepages={args.hugepages}"]
     if args.kernel == "debug":

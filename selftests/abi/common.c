@@ -17,6 +17,7 @@ union arg {
 	struct kdp_paging paging;
 	struct kdp_mark mark;
 	struct kdp_vcpu_exits exits;
+	struct kdp_collapse collapse;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -36,6 +37,7 @@ static const struct call {
 	{ "KDP_PAGING", KDP_PAGING, sizeof(struct kdp_paging), 0, false },
 	{ "KDP_MARK", KDP_MARK, sizeof(struct kdp_mark), 0, true },
 	{ "KDP_VCPU_EXITS", KDP_VCPU_EXITS, sizeof(struct kdp_vcpu_exits), 0, false },
+	{ "KDP_COLLAPSE", KDP_COLLAPSE, sizeof(struct kdp_collapse), 0, true },
 };
 
 #define for_each_call(c) \
@@ -111,6 +113,10 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 		break;
 	case KDP_VCPU_EXITS:
 		a->exits.mode = KDP_EXITS_OFF;
+		break;
+	case KDP_COLLAPSE:
+		a->collapse.slot_id = SLOT;
+		a->collapse.count = PAGES;
 		break;
 	}
 }
@@ -289,6 +295,9 @@ TEST_F(abi, reserved_nonzero_is_eopnotsupp)
 		case KDP_VCPU_EXITS:
 			self->arg->exits.__reserved = 1;
 			break;
+		case KDP_COLLAPSE:
+			self->arg->collapse.__reserved = 1;
+			break;
 		default:
 			continue;
 		}
@@ -312,8 +321,10 @@ TEST_F(abi, slot_unknown_is_enoent)
 {
 	const __u32 ids[] = { 0, SLOT - 1, SLOT + 1, 0x80000000, 0xffffffff };
 	struct kdp_memslot_get get;
+	struct kdp_collapse collapse;
 
 	for (size_t i = 0; i < ARRAY_SIZE(ids); i++) {
+		EXPECT_EQ(ENOENT, kdp_collapse(self->vm, ids[i], 0, 1, &collapse));
 		EXPECT_EQ(ENOENT, kdp_remove(self->vm, ids[i]));
 		EXPECT_EQ(ENOENT, kdp_get(self->vm, ids[i], 0, &get));
 		EXPECT_EQ(ENOENT, kdp_paging(self->vm, ids[i], KDP_PAGING_ON));
@@ -324,7 +335,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 TEST_F(abi, ioctl_unknown_is_enotty)
 {
 	for (unsigned int nr = 0; nr < 256; nr++) {
-		if (nr < 0x80 || nr > 0x86) {
+		if (nr < 0x80 || nr > 0x87) {
 			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
 				TH_LOG("nr %#x", nr);
 		}

@@ -88,6 +88,14 @@ static inline int kdp_exits(int vm, __u32 mode)
 	return kdp_ioctl(vm, KDP_VCPU_EXITS, &arg);
 }
 
+/* The out fields go in as garbage here, too. */
+static inline int kdp_collapse(int vm, __u32 id, __u64 first, __u64 count, struct kdp_collapse *arg)
+{
+	*arg = KDP_ARG(kdp_collapse, .slot_id = id, .first = first, .count = count,
+		       .collapsed = 0x5a5a, .incomplete = 0x5a5a, .small = 0x5a5a, .missing = 0x5a5a);
+	return kdp_ioctl(vm, KDP_COLLAPSE, arg);
+}
+
 struct marked {
 	int err;
 	__u32 done;

@@ -37,6 +37,7 @@ static const int *own_errs(unsigned long cmd)
 	case KDP_MARK:
 		return mark;
 	case KDP_PAGING:
+	case KDP_COLLAPSE:
 		return paging;
 	case KDP_VCPU_EXITS:
 		return exits;
@@ -163,9 +164,11 @@ static void chaos_simple(struct task *t, int vm, bool unsure)
 	struct kdp_paging paging = KDP_ARG(kdp_paging, .slot_id = chaos_id(t), .mode = pick(&t->r, 3));
 	struct kdp_memslot_remove remove = KDP_ARG(kdp_memslot_remove, .slot_id = chaos_id(t));
 	struct kdp_vcpu_exits exits = KDP_ARG(kdp_vcpu_exits, .mode = pick(&t->r, 2));
+	struct kdp_collapse collapse = KDP_ARG(kdp_collapse, .slot_id = chaos_id(t),
+					       .count = 1 + pick(&t->r, 128));
 	struct kdp_info info = KDP_ARG(kdp_info);
 
-	switch (pick(&t->r, 8)) {
+	switch (pick(&t->r, 9)) {
 	case 0:
 	case 1:
 	case 2:
@@ -182,6 +185,10 @@ static void chaos_simple(struct task *t, int vm, bool unsure)
 			spoil(t, &exits, sizeof(exits), 0);
 			call(t, vm, unsure, KDP_VCPU_EXITS, &exits);
 		}
+		break;
+	case 6:
+		spoil(t, &collapse, sizeof(collapse), offsetof(struct kdp_collapse, slot_id));
+		call(t, vm, unsure, KDP_COLLAPSE, &collapse);
 		break;
 	default:
 		spoil(t, &info, sizeof(info), 0);

@@ -74,6 +74,67 @@ static void op_mark(struct model *m)
 			   a.nr_ranges, a.done, a.changed, changed);
 }
 
+/* What the call must say of a range; the model's memslots on huge pages are whole blocks long. */
+static void expect_collapse(struct mslot *s, struct kdp_collapse *a)
+{
+	__u64 end = a->first + a->count, next;
+
+	a->collapsed = 0;
+	a->incomplete = 0;
+	a->small = 0;
+	a->missing = ~0ULL;
+	for (__u64 page = a->first; page < end; page = next) {
+		__u64 missing = ~0ULL;
+
+		next = (page / 512 + 1) * 512;
+		if (next > end)
+			next = end;
+		if (!s->mem->huge || next - page < 512) {
+			a->small += next - page;
+			continue;
+		}
+		for (__u64 i = page; i < next && s->paging && missing == ~0ULL; i++)
+			if (s->state[i] != KDP_STATE_PRESENT)
+				missing = i;
+		if (missing == ~0ULL) {
+			a->collapsed += next - page;
+			continue;
+		}
+		a->incomplete += next - page;
+		if (a->missing == ~0ULL)
+			a->missing = missing;
+	}
+}
+
+static void op_collapse(struct model *m)
+{
+	int vm = pick(&m->r, NR_VMS);
+	struct kdp_collapse a = KDP_ARG(kdp_collapse, .slot_id = some_id(m)), want;
+	struct mslot *s = model_find(m, vm, a.slot_id);
+	__u64 pages = s ? s->pages : 16;
+	struct errs errs = { 0 };
+
+	a.flags = some_flags(m, 0, &errs);
+	a.first = chance(&m->r, 50) ? 0 : pick(&m->r, pages);
+	a.count = chance(&m->r, 50) ? pages - a.first : 1 + pick(&m->r, pages - a.first);
+	if (chance(&m->r, 5))
+		a.count = nasty(&m->r);
+	if (chance(&m->r, 5))
+		a.first = nasty(&m->r);
+	may_fail(&errs, !s, ENOENT);
+	may_fail(&errs, s && (!a.count || a.first >= pages || a.count > pages - a.first), EINVAL);
+	log_op(&m->log, "collapse", vm, a.slot_id, a.first, a.count, 0);
+	want = a;
+	if (model_call(m, "KDP_COLLAPSE", m->vm[vm], KDP_COLLAPSE, &a, sizeof(a), &errs) || m->failed)
+		return;
+	expect_collapse(s, &want);
+	if (a.collapsed != want.collapsed || a.incomplete != want.incomplete ||
+	    a.small != want.small || a.missing != want.missing)
+		model_fail(m, "KDP_COLLAPSE says %llu, %llu, %llu, %#llx, not %llu, %llu, %llu, %#llx",
+			   a.collapsed, a.incomplete, a.small, a.missing, want.collapsed,
+			   want.incomplete, want.small, want.missing);
+}
+
 static void op_touch(struct model *m)
 {
 	struct mslot *s = any_slot(m, LIFE_ORPHAN);
@@ -275,7 +336,7 @@ static void op_junk(struct model *m)
 
 	for (size_t i = 0; i < ARRAY_SIZE(junk); i++)
 		junk[i] = nasty(&m->r);
-	cmd = chance(&m->r, 50) ? _IO(KDP_IOC_TYPE, 0x87 + pick(&m->r, 0x78)) :
+	cmd = chance(&m->r, 50) ? _IO(KDP_IOC_TYPE, 0x88 + pick(&m->r, 0x78)) :
 		_IOWR(KDP_IOC_TYPE, 0x80 + pick(&m->r, 8), struct kdp_mark);
 	log_op(&m->log, "junk", vm, cmd, 0, 0, 0);
 	if (kdp_ioctl(m->vm[vm], cmd, junk) != ENOTTY)
@@ -310,7 +371,7 @@ static const struct {
 	{ op_touch, 30 }, { op_mark, 22 }, { op_alias, 8 }, { op_set_bit, 6 }, { op_read, 6 },
 	{ op_check_bitmap, 4 }, { op_create, 6 }, { op_remove, 2 }, { op_get, 3 }, { op_paging, 2 },
 	{ op_map, 3 }, { op_remap, 1 }, { op_junk, 2 }, { op_punch, 2 }, { op_exits, 1 },
-	{ op_close_vm, 1 }, { op_forget, 1 },
+	{ op_close_vm, 1 }, { op_forget, 1 }, { op_collapse, 2 },
 };
 
 /* A call that does not come back shows as no progress. */

@@ -113,6 +113,8 @@ struct kdp_info {
 #define KDP_FEATURE_HUGE	(1ULL << 2)
 /* KDP_STATE_ZERO. */
 #define KDP_FEATURE_ZERO	(1ULL << 3)
+/* KDP_COLLAPSE. */
+#define KDP_FEATURE_COLLAPSE	(1ULL << 4)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -375,6 +377,54 @@ struct kdp_vcpu_exits {
 
 #define KDP_EXITS_OFF	0
 #define KDP_EXITS_ON	1
+
+/**
+ * struct kdp_collapse - ioctl(KDP_COLLAPSE)
+ * @size: sizeof(struct kdp_collapse)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @__reserved: must be 0
+ * @first: the first page
+ * @count: how many pages
+ * @collapsed: out: pages of blocks that are whole
+ * @incomplete: out: pages of blocks that lack a page
+ * @small: out: pages that no huge entry can map: their memory is no huge page,
+ *         or the range holds a part of their block only
+ * @missing: out: the first page of the range, in a block that is counted in
+ *           @incomplete, that is absent or zero; all ones if there is none
+ *
+ * Have blocks mapped by one entry that are mapped by single pages. A block is
+ * what one page table entry can map, 2 MiB, on a memfd of huge pages; on one of
+ * 1 GiB pages it may become a part of an entry of 1 GiB. It is whole when all
+ * its pages are present. Whole blocks are unmapped from every process, and each
+ * process maps them by one entry at its next touches.
+ *
+ * That happens by itself to a block that is touched, or made whole by KDP_MARK,
+ * so this is for blocks that became whole by bits set by hand and of which only
+ * pages are touched that were mapped before. Blocks that are huge already cost a
+ * fault each.
+ *
+ * @collapsed + @incomplete + @small = @count; they are written also when the
+ * call fails half-way.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EINVAL: the range is empty, overflows or runs past the memslot's end.
+ *  - EINTR: a fatal signal arrived; what is counted is done.
+ */
+struct kdp_collapse {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 __reserved;
+	__u64 first;
+	__u64 count;
+	__u64 collapsed;
+	__u64 incomplete;
+	__u64 small;
+	__u64 missing;
+};
+#define KDP_COLLAPSE	_IO(KDP_IOC_TYPE, 0x87)
 
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and

@@ -20,8 +20,8 @@ pub struct Test {
 }
 
 /// How long a test may take, and how often it repeats what it repeats.
-const LIMIT: Duration = Duration::from_secs(60);
-const DEBUG_KERNEL_LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(180);
+const DEBUG_KERNEL_LIMIT: Duration = Duration::from_secs(600);
 
 const STATUS_SKIP: i32 = 4;
 
@@ -30,7 +30,8 @@ fn soak() -> u32 {
     soak.and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
 }
 
-fn on_debug_kernel() -> bool {
+/// Whether this is the debug kernel, which is several times as slow.
+pub fn on_debug_kernel() -> bool {
     std::env::var("KDP_KERNEL").is_ok_and(|kind| kind == "debug")
 }
 
@@ -50,6 +51,19 @@ fn limit() -> Duration {
     limit * soak()
 }
 
+/// How often a test may lose its guest to the emulator.
+const TRIES: u32 = 4;
+
+/// Whether a guest died of QEMU, not of us.
+///
+/// QEMU's emulation of SVM loses guest state once in some 100,000 world switches, the more the more threads of vCPUs
+/// share a CPU: the traced vCPU goes on at an address of its host's kernel (kvm_exit's rip, 0xffffffffa0087aac in
+/// kvm_amd) and takes a triple fault. It happens on userfaultfd without our module, too.
+fn lost_by_emulator(outcome: &Outcome, output: &str) -> bool {
+    let emulated = fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG"));
+    emulated && matches!(outcome, Outcome::Failed(_)) && output.contains("triple fault")
+}
+
 enum Outcome {
     Passed,
     Skipped(String),
@@ -63,7 +77,16 @@ pub fn run(tests: &[&Test]) -> ExitCode {
     for (number, test) in (1..).zip(tests) {
         let mut output = String::new();
         let start = Instant::now();
-        let outcome = run_one(test, &mut output).unwrap_or_else(|e| Outcome::Failed(e.to_string()));
+        let mut tries = 1;
+        let outcome = loop {
+            let outcome =
+                run_one(test, &mut output).unwrap_or_else(|e| Outcome::Failed(e.to_string()));
+            if tries == TRIES || !lost_by_emulator(&outcome, &output) {
+                break outcome;
+            }
+            output.push_str("QEMU has lost the guest: once more\n");
+            tries += 1;
+        };
         for line in output.lines() {
             println!("# {line}");
         }

@@ -27,6 +27,9 @@ pub const PAGE: u64 = 4096;
 /// Pages of a 2 MiB block.
 pub const BLOCK: u64 = 512;
 
+/// Pages of a 1 GiB block.
+pub const GIGANTIC: u64 = BLOCK * BLOCK;
+
 /// Both backings, each with the pages that a small memslot on it has.
 pub const BACKINGS: [(Backing, u64); 2] = [(Backing::Shmem, 64), (Backing::Huge2M, 2 * BLOCK)];
 
@@ -59,8 +62,10 @@ impl Slot {
         pages: u64,
         describe: impl FnOnce(MemslotBuilder<'_>) -> MemslotBuilder<'_>,
     ) -> Result<Arc<Self>> {
-        if backing == Backing::Huge2M {
-            need_huge_pages(pages.div_ceil(BLOCK))?;
+        match backing {
+            Backing::Shmem => {}
+            Backing::Huge2M => need_huge_pages(pages.div_ceil(BLOCK))?,
+            Backing::Huge1G => need_gigantic_pages(pages.div_ceil(GIGANTIC))?,
         }
         let vm = Vm::open()?;
         let memfd = Memfd::create("kdp-behaviour", backing, pages * PAGE)?;
@@ -209,6 +214,28 @@ pub fn need_kvm() -> Result {
         return skip("there is no /dev/kvm");
     }
     Ok(())
+}
+
+/// Skips the test if so many 1 GiB pages are not free: they are reserved at boot.
+pub fn need_gigantic_pages(count: u64) -> Result {
+    const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages";
+    let deadline = std::time::Instant::now() + Duration::from_secs(2);
+    loop {
+        let free = match fs::exists(FREE)? {
+            true => fs::read_to_string(FREE)?.trim().parse()?,
+            false => 0_u64,
+        };
+        if free >= count {
+            return Ok(());
+        }
+        // Those of a test that was just killed may not be back yet.
+        if std::time::Instant::now() > deadline {
+            return skip(format!(
+                "there are {free} free huge pages of 1 GiB, not {count}"
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Skips the test if so many 2 MiB pages are not to be had.

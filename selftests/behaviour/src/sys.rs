@@ -22,6 +22,20 @@ pub fn check(ret: c_int) -> io::Result<c_int> {
     Ok(ret)
 }
 
+/// Binds the current thread to one CPU, the `n`th, counted round.
+///
+/// For threads of vCPUs that run for long: the fewer of them share a CPU, the fewer guests QEMU loses (see harness.rs).
+pub fn stay_on_cpu(n: u64) -> io::Result<()> {
+    let cpus = std::thread::available_parallelism()?.get();
+    // SAFETY: zeros are an empty set, and the set outlives the call.
+    let ret = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(n as usize % cpus, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    check(ret).map(drop)
+}
+
 /// The number of the calling thread.
 pub fn gettid() -> i32 {
     // SAFETY: it has no preconditions.

@@ -16,13 +16,13 @@ pub fn page_tables() -> Result<u64> {
     }
 }
 
-/// What KVM has mapped for the guests of this process, in entries of 4 KiB and of 2 MiB.
-pub fn kvm_pages() -> Result<(u64, u64)> {
+/// What KVM has mapped for the guests of this process, in entries of 4 KiB, of 2 MiB and of 1 GiB.
+pub fn kvm_pages() -> Result<(u64, u64, u64)> {
     let dir = "/sys/kernel/debug/kvm";
     if !fs::exists(dir)? {
         return crate::check::skip("debugfs is not mounted: KVM's counters cannot be read");
     }
-    let mut sum = (0, 0);
+    let mut sum = (0, 0, 0);
     let mine = format!("{}-", std::process::id());
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -33,7 +33,9 @@ pub fn kvm_pages() -> Result<(u64, u64)> {
             let text = fs::read_to_string(entry.path().join(name))?;
             Ok(text.trim().parse()?)
         };
-        sum = (sum.0 + read("pages_4k")?, sum.1 + read("pages_2m")?);
+        sum.0 += read("pages_4k")?;
+        sum.1 += read("pages_2m")?;
+        sum.2 += read("pages_1g")?;
     }
     Ok(sum)
 }

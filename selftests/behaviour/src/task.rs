@@ -72,10 +72,15 @@ impl<T: Send + 'static> Task<T> {
     }
 
     /// What it came to.
-    pub fn join(mut self, what: &str) -> Result<T> {
+    pub fn join(self, what: &str) -> Result<T> {
+        self.join_within(what, PATIENCE)
+    }
+
+    /// What it came to, of one that works for a long time.
+    pub fn join_within(mut self, what: &str, time: Duration) -> Result<T> {
         ensure!(
-            self.ends_within(PATIENCE)?,
-            "{what} (thread {}) has not ended within {PATIENCE:?}",
+            self.ends_within(time)?,
+            "{what} (thread {}) has not ended within {time:?}",
             self.tid
         );
         match self.value {

@@ -2,7 +2,7 @@
 
 //! rust/rules/collapse.rs
 
-use kdp_rules::rules::collapse::{widest, BLOCK_PAGES};
+use kdp_rules::rules::collapse::{blocks, widest, BLOCK_PAGES};
 use kdp_rules::rules::range::PageRange;
 use proptest::prelude::*;
 
@@ -59,6 +59,25 @@ proptest! {
         });
         prop_assert_eq!(found.map(|r| (r.first(), r.count())), Some((0, limit)));
         prop_assert!(asked.windows(2).all(|w| w[0] < w[1]), "{:?}", asked);
+    }
+}
+
+proptest! {
+    #[test]
+    fn blocks_cover_the_range_once_and_in_order(first in 0..5000u64, count in 1..5000u64) {
+        let limit = first + count;
+        let range = PageRange::new(first, count, limit).expect("it fits");
+        let mut next = first;
+        for (part, is_full) in blocks(range) {
+            prop_assert_eq!(part.first(), next);
+            prop_assert_eq!(part.first() / BLOCK_PAGES, part.last() / BLOCK_PAGES);
+            let aligned = part.first() % BLOCK_PAGES == 0;
+            prop_assert_eq!(is_full, aligned && part.count() == BLOCK_PAGES);
+            next = part.last() + 1;
+            // No part could be longer.
+            prop_assert!(next == limit || next % BLOCK_PAGES == 0);
+        }
+        prop_assert_eq!(next, limit);
     }
 }
 

@@ -81,7 +81,7 @@ pub use memslot::{Memslot, MemslotBuilder, MemslotInfo, Memslots};
 pub use pass::{receive_vm, send_vm};
 pub use prefault::pre_fault;
 pub use range::{coalesce, PageRange};
-pub use vm::{Features, Info, Marked, Paging, State, Vm};
+pub use vm::{Collapsed, Features, Info, Marked, Paging, State, Vm};
 
 /// The size of a page in bytes, on any backing.
 pub const PAGE_SIZE: usize = 1 << abi::KDP_PAGE_SHIFT;

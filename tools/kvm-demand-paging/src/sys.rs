@@ -47,6 +47,7 @@ commands! {
     KDP_PAGING kdp_paging
     KDP_MARK kdp_mark
     KDP_VCPU_EXITS kdp_vcpu_exits
+    KDP_COLLAPSE kdp_collapse
 }
 
 struct Call<'a, T>(&'a mut T);
@@ -96,6 +97,7 @@ mod tests {
         assert_eq!(mem::offset_of!(abi::kdp_paging, size), 0);
         assert_eq!(mem::offset_of!(abi::kdp_mark, size), 0);
         assert_eq!(mem::offset_of!(abi::kdp_vcpu_exits, size), 0);
+        assert_eq!(mem::offset_of!(abi::kdp_collapse, size), 0);
         assert_eq!(abi::kdp_mark::sized().size, 40);
         assert_eq!(abi::kdp_memslot_get::sized().size, 88);
     }

@@ -42,6 +42,11 @@ impl Features {
     pub fn zero(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_ZERO) != 0
     }
+
+    /// [`Vm::collapse`] works.
+    pub fn collapse(self) -> bool {
+        self.0 & u64::from(abi::KDP_FEATURE_COLLAPSE) != 0
+    }
 }
 
 /// What the module is.
@@ -90,6 +95,19 @@ pub struct Marked {
     pub done: u32,
     /// Pages whose state was changed.
     pub changed: u64,
+}
+
+/// What came of [`Vm::collapse`], in pages of the range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Collapsed {
+    /// In blocks that are whole: each process maps them by one entry at its next touch.
+    pub collapsed: u64,
+    /// In blocks that lack a page.
+    pub incomplete: u64,
+    /// Whose memory is no huge page, or of whose block the range holds a part only.
+    pub small: u64,
+    /// The first page that a block lacks.
+    pub missing: Option<u64>,
 }
 
 /// A VM: its memslots, the states of their pages, and its events.
@@ -270,6 +288,38 @@ impl Vm {
     /// Make absent pages zero: who touches them gets zeros, with no event.
     pub fn mark_zero(&self, slot_id: u32, ranges: &[PageRange]) -> Result<Marked> {
         self.mark(slot_id, State::Zero, ranges)
+    }
+
+    /// Have whole blocks of a range mapped by one entry each, in every process.
+    ///
+    /// That happens by itself to a block that is touched, or completed by [`mark`](Self::mark): this is for those
+    /// that became whole by bits, and of which only pages are touched that were mapped before.
+    pub fn collapse(&self, slot_id: u32, range: PageRange) -> Result<Collapsed> {
+        let mut argument = abi::kdp_collapse {
+            slot_id,
+            first: range.first,
+            count: range.count,
+            ..Command::sized()
+        };
+        sys::call(self, &mut argument).map_err(|errno| {
+            let hint = match errno {
+                Errno::NOENT => Some("the VM has no such memslot"),
+                Errno::INVAL => Some("the range is empty or passes the memslot's end"),
+                Errno::NOTTY => Some("the module is older than this program: insert a newer one"),
+                _ => None,
+            };
+            let argument = format!(
+                "memslot {slot_id}, {} pages from {}",
+                range.count, range.first
+            );
+            Error::sys("KDP_COLLAPSE", argument, errno).advise(hint.map(str::to_owned))
+        })?;
+        Ok(Collapsed {
+            collapsed: argument.collapsed,
+            incomplete: argument.incomplete,
+            small: argument.small,
+            missing: (argument.missing != u64::MAX).then_some(argument.missing),
+        })
     }
 
     /// Ask for fault exits, for the vCPUs that the calling thread runs, or for no more of them.

@@ -12,15 +12,19 @@ use kvm_demand_paging::{Backing, PageRange, State};
 
 use crate::check::Result;
 use crate::guest;
-use crate::harness::rounds;
-use crate::slot::{Slot, BLOCK, GPA, PAGE};
+use crate::harness::{on_debug_kernel, rounds};
+use crate::slot::{Slot, BLOCK, GIGANTIC, GPA, ID, PAGE};
 use crate::sys::{self, Touched};
 use crate::tables::{kvm_pages, page_tables};
 use crate::task::{Task, PATIENCE};
 
 tests! {
-    "collapse-random-guests-exits" => || random_guests(true),
-    "collapse-random-guests-waits" => || random_guests(false),
+    "collapse-random-guests-exits" => || random_guests(Backing::Huge2M, BLOCKS * BLOCK, true),
+    "collapse-random-guests-waits" => || random_guests(Backing::Huge2M, BLOCKS * BLOCK, false),
+    "collapse-random-512m-on-2m-pages" => || random_guests(Backing::Huge2M, 256 * BLOCK, true),
+    "collapse-random-2g-on-1g-pages" => || random_guests(Backing::Huge1G, 2 * GIGANTIC, true),
+    "collapse-when-a-mark-completes" => mark_completes,
+    "collapse-when-called" => when_called,
     "collapse-process" => process,
     "collapse-once-for-each-time-it-is-whole" => once_for_each_time,
     "collapse-only-whole-blocks" => only_whole_blocks,
@@ -65,11 +69,13 @@ fn mixed(pages: u64) -> impl Iterator<Item = u64> {
 
 /// Four vCPUs page a guest in, in random order, until it is whole: not one entry of 4 KiB is left in
 /// stage-2, and this process's page tables are as small as before.
-fn random_guests(exits: bool) -> Result {
+fn random_guests(backing: Backing, pages: u64, exits: bool) -> Result {
     const VCPUS: u64 = 4;
-    let pages = BLOCKS * BLOCK;
-    let slot = Slot::new(Backing::Huge2M, pages)?;
-    for page in 0..pages {
+    // What is checked word by word, and paged in at random on the debug kernel; the rest is numbered only.
+    let step = (pages / (BLOCKS * BLOCK)).max(1);
+    let some = |page: u64| page % step == 0;
+    let slot = Slot::new(backing, pages)?;
+    for page in (0..pages).filter(|&page| some(page)) {
         slot.fill(page, 1)?;
     }
     let machine = slot.machine()?;
@@ -78,6 +84,11 @@ fn random_guests(exits: bool) -> Result {
     slot.mark(State::Present, 0)?;
     guest::run(&mut machine.vcpu(VCPUS, &warm.program())?, guest::no_fault)?;
     let (tables, entries) = (page_tables()?, kvm_pages()?);
+    if on_debug_kernel() && step > 1 {
+        for page in (0..pages).filter(|&page| some(page)) {
+            slot.mark_range(State::Present, PageRange::new(page + 1, step - 1))?;
+        }
+    }
     let handler = (!exits).then(|| {
         let serving = slot.clone();
         crate::handler::Handler::start(&slot, move |event| {
@@ -86,14 +97,15 @@ fn random_guests(exits: bool) -> Result {
     });
     let handler = handler.transpose()?;
     let mut tasks = Vec::new();
-    for vcpu in 0..VCPUS {
-        let touch = Touch::new(GPA, Order::random(pages / VCPUS, vcpu))
-            .first(vcpu)
+    for number in 0..VCPUS {
+        let touch = Touch::new(GPA, Order::random(pages / VCPUS, number))
+            .first(number)
             .stride(VCPUS)
-            .rounds(3);
-        let mut vcpu = machine.vcpu(vcpu, &touch.program())?;
+            .rounds(2);
+        let mut vcpu = machine.vcpu(number, &touch.program())?;
         let slot = slot.clone();
         tasks.push(Task::work(move || {
+            sys::stay_on_cpu(number)?;
             slot.vm.set_vcpu_exits(exits)?;
             let present = slot.memslot.bitmap()?;
             guest::run(&mut vcpu, |fault| {
@@ -103,7 +115,7 @@ fn random_guests(exits: bool) -> Result {
         })?);
     }
     for task in tasks {
-        let ran = task.join("a vCPU")?;
+        let ran = task.join_within("a vCPU", 40 * PATIENCE)?;
         ensure!(
             exits != ran.faults.is_empty(),
             "a vCPU with exits {exits} had {} exits",
@@ -111,7 +123,12 @@ fn random_guests(exits: bool) -> Result {
         );
     }
     let now = kvm_pages()?;
-    ensure_eq!(now.1 - entries.1, BLOCKS, "entries of 2 MiB");
+    let huge = (now.1 - entries.1, now.2 - entries.2);
+    let expected = match backing {
+        Backing::Huge1G => (0, pages / GIGANTIC),
+        _ => (pages / BLOCK, 0),
+    };
+    ensure_eq!(huge, expected, "entries of 2 MiB and of 1 GiB");
     // The first page had one, and each vCPU's program needs a few of its own.
     ensure!(
         now.0 < entries.0 + 8 * VCPUS,
@@ -127,13 +144,77 @@ fn random_guests(exits: bool) -> Result {
     );
     let areas = areas(slot.guest.as_ptr() as usize, slot.guest.len())?;
     ensure_eq!(areas.len(), 1, "areas of the memslot in the end");
-    for page in mixed(pages) {
+    for page in (0..pages).filter(|&page| some(page)) {
         slot.check(page, 1)?;
     }
     match handler {
         Some(handler) => handler.stop(),
         None => Ok(()),
     }
+}
+
+/// A call that makes a block whole unmaps its single pages: the next touch is enough, also of a page that
+/// was mapped before.
+fn mark_completes() -> Result {
+    let slot = Slot::new(Backing::Huge2M, 2 * BLOCK)?;
+    for page in 0..BLOCK - 1 {
+        slot.place(page, 1)?;
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(slot.counter("faults-huge")?, 0, "faults of blocks before");
+    slot.place(BLOCK - 1, 1)?;
+    slot.check(3, 1)?;
+    slot.check(4, 1)?;
+    ensure_eq!(slot.counter("collapses")?, 1, "ranges mapped anew");
+    ensure_eq!(slot.counter("faults-huge")?, 1, "faults of blocks");
+    for page in 0..BLOCK {
+        slot.check(page, 1)?;
+    }
+    // A mark that changes nothing takes nothing away.
+    let faults = (slot.counter("faults")?, slot.counter("faults-huge")?);
+    slot.mark_range(State::Present, PageRange::new(0, BLOCK))?;
+    for page in 0..BLOCK {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(
+        (slot.counter("faults")?, slot.counter("faults-huge")?),
+        faults,
+        "faults after a mark that changed nothing"
+    );
+    Ok(())
+}
+
+/// A block that became whole by a bit, of which only mapped pages are touched, stays small until somebody
+/// asks.
+fn when_called() -> Result {
+    let slot = Slot::new(Backing::Huge2M, 2 * BLOCK)?;
+    let present = slot.memslot.bitmap()?;
+    for page in 0..BLOCK {
+        slot.fill(page, 1)?;
+    }
+    for page in 0..BLOCK - 1 {
+        present.set(page);
+        slot.check(page, 1)?;
+    }
+    present.set(BLOCK - 1);
+    for page in 0..BLOCK - 1 {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(slot.counter("collapses")?, 0, "ranges mapped anew, unasked");
+    let report = slot.vm.collapse(ID, PageRange::new(0, 2 * BLOCK))?;
+    ensure_eq!(
+        (report.collapsed, report.incomplete, report.missing),
+        (BLOCK, BLOCK, Some(BLOCK)),
+        "what the call says"
+    );
+    slot.check(0, 1)?;
+    slot.check(1, 1)?;
+    ensure_eq!(slot.counter("collapses")?, 1, "ranges mapped anew");
+    ensure_eq!(slot.counter("faults-huge")?, 1, "faults of blocks");
+    for page in 0..BLOCK {
+        slot.check(page, 1)?;
+    }
+    Ok(())
 }
 
 /// The same without KVM: page tables go as the blocks become whole, and come back for none.
@@ -330,7 +411,8 @@ fn out_of_step() -> Result {
         touch(at(base, page))?;
     }
     ensure_eq!(slot.counter("collapses")?, 0, "ranges mapped anew");
-    ensure_eq!(slot.counter("faults")?, pages, "faults of pages");
+    // The first page was mapped before the mark that made its block whole.
+    ensure_eq!(slot.counter("faults")?, pages + 1, "faults of pages");
     Ok(())
 }
 
@@ -526,8 +608,8 @@ fn system_call_goes_on() -> Result {
             "page {page} has wrong bytes"
         );
     }
-    // Page by page, as the memory was not mapped anew in the middle of the call.
-    ensure_eq!(slot.counter("faults")?, pages, "faults of pages");
+    // Page by page, as the memory was not mapped anew in the middle of the call; two had been touched before.
+    ensure_eq!(slot.counter("faults")?, pages + 2, "faults of pages");
     for page in 0..pages {
         slot.check(page, 1)?;
     }

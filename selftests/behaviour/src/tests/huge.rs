@@ -12,7 +12,7 @@ use kvm_demand_paging::{Backing, PageRange, Paging, State};
 use crate::check::Result;
 use crate::content;
 use crate::guest;
-use crate::slot::{Slot, BLOCK, GPA, ID, PAGE};
+use crate::slot::{Slot, BLOCK, GIGANTIC, GPA, ID, PAGE};
 use crate::sys::{self, Touched};
 use crate::tables::{kvm_pages, page_tables};
 use crate::task::{until, Task};
@@ -25,6 +25,9 @@ tests! {
     "huge-whole-block-under-paging" => whole_block_under_paging,
     "huge-plain-mmap-is-aligned" => plain_mmap_is_aligned,
     "huge-off-after-small-pages" => off_after_small_pages,
+    "huge-1g-mmap-is-aligned" => gigantic_mmap_is_aligned,
+    "huge-1g-off-maps-one-entry" => gigantic_off_maps_one_entry,
+    "huge-1g-absent-page-splits-twice" => gigantic_absent_page_splits,
 }
 
 const BLOCKS: u64 = 4;
@@ -213,6 +216,90 @@ fn plain_mmap_is_aligned() -> Result {
             "faults of the new mapping"
         );
     }
+    Ok(())
+}
+
+/// mmap() of a memslot on 1 GiB pages gives an address that an entry of 1 GiB fits to.
+fn gigantic_mmap_is_aligned() -> Result {
+    let slot = Slot::with(Backing::Huge1G, GIGANTIC, |b| b.paging(false))?;
+    let mut other = Vec::new();
+    for _ in 0..3 {
+        other.push(slot.memslot.map()?);
+        // Something small in between, so that no address is aligned by chance.
+        other.push(Slot::new(Backing::Shmem, 1)?.memslot.map()?);
+    }
+    for map in other.iter().step_by(2) {
+        ensure_eq!(
+            map.as_ptr() as usize % (1 << 30),
+            0,
+            "the address's place in 1 GiB"
+        );
+        ensure!(
+            matches!(sys::load(map.as_ptr().cast()), Touched::Value(_)),
+            "the mapping cannot be read"
+        );
+    }
+    ensure_eq!(faults(&slot)?, (0, 3), "faults of pages and of blocks");
+    Ok(())
+}
+
+/// A memslot on 1 GiB pages is one fault, and for a guest one entry of stage-2.
+fn gigantic_off_maps_one_entry() -> Result {
+    let slot = Slot::with(Backing::Huge1G, GIGANTIC, |b| b.paging(false))?;
+    let before = page_tables()?;
+    for page in (0..GIGANTIC).step_by(1000) {
+        touch(&slot, page)?;
+    }
+    ensure_eq!(faults(&slot)?, (0, 1), "faults of pages and of blocks");
+    let grown = page_tables()?.saturating_sub(before);
+    ensure!(grown < 2 * PAGE, "page tables have grown by {grown} bytes");
+    let machine = slot.machine()?;
+    let entries = kvm_pages()?;
+    let visit = Touch::new(GPA, Order::sequential(GIGANTIC / 1000)).stride(1000);
+    guest::run(&mut machine.vcpu(0, &visit.program())?, guest::no_fault)?;
+    let now = kvm_pages()?;
+    ensure_eq!(
+        (now.1 - entries.1, now.2 - entries.2),
+        (0, 1),
+        "entries of 2 MiB and of 1 GiB"
+    );
+    Ok(())
+}
+
+/// One absent page: 511 pages around it are small, 511 blocks around those are 2 MiB; and all is one entry
+/// again when it is back.
+fn gigantic_absent_page_splits() -> Result {
+    const ABSENT: u64 = 77 * BLOCK + 3;
+    let slot = Slot::with(Backing::Huge1G, GIGANTIC, |b| b.paging(false))?;
+    slot.vm.set_paging(ID, Paging::OnPresent)?;
+    let machine = slot.machine()?;
+    let visit = |number: u64, first: u64, count: u64, stride: u64| -> Result {
+        let touch = Touch::new(GPA, Order::sequential(count))
+            .first(first)
+            .stride(stride);
+        let mut vcpu = machine.vcpu(number, &touch.program())?;
+        guest::run(&mut vcpu, guest::no_fault).map(drop)
+    };
+    visit(0, 0, BLOCK, BLOCK)?;
+    let whole = kvm_pages()?;
+    ensure_eq!(faults(&slot)?, (0, 1), "faults when all is present");
+    ensure_eq!(slot.mark(State::Absent, ABSENT)?, 1, "pages changed");
+    visit(1, 0, BLOCK, BLOCK)?;
+    visit(2, ABSENT + 1, 100, 1)?;
+    let split = kvm_pages()?;
+    ensure_eq!(split.2, whole.2 - 1, "entries of 1 GiB with a page absent");
+    ensure_eq!(split.1 - whole.1, BLOCK - 1, "entries of 2 MiB");
+    let small = split.0 - whole.0;
+    ensure!((101..130).contains(&small), "{small} entries of 4 KiB");
+    slot.mark(State::Present, ABSENT)?;
+    visit(3, 0, BLOCK, BLOCK)?;
+    visit(4, 0, BLOCK, BLOCK)?;
+    let again = kvm_pages()?;
+    ensure_eq!(
+        (again.1, again.2),
+        (whole.1, whole.2),
+        "entries of 2 MiB and of 1 GiB when it is back"
+    );
     Ok(())
 }
 
