@@ -51,7 +51,7 @@ cd /kdp/src || poweroff -f
 if [ "$shell" = yes ]; then
 	exec <>"/dev/$virtme_console" >&0 2>&0
 	# shellcheck disable=SC2086  # it is several words
-	[ -z "$virtme_stty_con" ] || stty $virtme_stty_con
+	[ -z "$virtme_stty_con" ] || stty $virtme_stty_con 2>/dev/null
 	insmod "$module" || echo "There is no module loaded. 'make modules' builds it; dmesg says what went wrong."
 	echo "The test VM ($KDP_KERNEL kernel, $(uname -r)); the checkout is here. Leave it with 'exit'."
 	setsid -c /bin/bash <>"/dev/$virtme_console" >&0 2>&0
