@@ -86,6 +86,7 @@ pub enum ModeArg {
     Floor,
     Limit,
     Exit,
+    ExitPrefetch,
     Wait,
     UffdMissing,
     UffdMinor,
@@ -98,6 +99,7 @@ impl ModeArg {
         match self {
             Self::Floor => Some(Mode::Floor),
             Self::Exit => Some(Mode::Exit),
+            Self::ExitPrefetch => Some(Mode::Prefetch),
             Self::Wait => Some(Mode::Wait),
             Self::UffdMissing => Some(Mode::UffdMissing),
             Self::UffdMinor => Some(Mode::UffdMinor),

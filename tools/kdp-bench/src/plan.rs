@@ -15,10 +15,11 @@ use crate::stats::{median, range};
 use crate::Error;
 
 const PATTERNS: [Pattern; 2] = [Pattern::Random, Pattern::Sequential];
-const MODES: [ModeArg; 7] = [
+const MODES: [ModeArg; 8] = [
     ModeArg::Floor,
     ModeArg::Limit,
     ModeArg::Exit,
+    ModeArg::ExitPrefetch,
     ModeArg::Wait,
     ModeArg::UffdMissing,
     ModeArg::UffdMinor,

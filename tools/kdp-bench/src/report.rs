@@ -18,7 +18,7 @@ enum What {
     Cost,
 }
 
-const RATIOS: [Ratio; 3] = [
+const RATIOS: [Ratio; 4] = [
     Ratio {
         name: "exit over uffd-missing, pages/s",
         first: "exit",
@@ -35,6 +35,12 @@ const RATIOS: [Ratio; 3] = [
         name: "exit over limit, cost of a page",
         first: "exit",
         second: "limit",
+        what: What::Cost,
+    },
+    Ratio {
+        name: "exit-prefetch over floor, cost of a page",
+        first: "exit-prefetch",
+        second: "floor",
         what: What::Cost,
     },
 ];

@@ -135,6 +135,8 @@ impl RunArgs {
 pub enum ModeArg {
     /// The device, with fault exits: KVM_RUN returns, the vCPU's thread gets the page
     Exit,
+    /// The same, and a guest that goes through its memory in order gets pages ahead of it
+    ExitPrefetch,
     /// The device, without exits: a handler thread reads events
     Wait,
     /// Everything is in place before the guest starts
@@ -149,6 +151,7 @@ impl From<ModeArg> for Mode {
     fn from(mode: ModeArg) -> Self {
         match mode {
             ModeArg::Exit => Self::Exit,
+            ModeArg::ExitPrefetch => Self::Prefetch,
             ModeArg::Wait => Self::Wait,
             ModeArg::Floor => Self::Floor,
             ModeArg::UffdMissing => Self::UffdMissing,

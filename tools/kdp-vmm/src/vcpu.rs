@@ -131,16 +131,16 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(on.into());
     }
 
-    /// Map a page that is present now, so that the guest finds it when it tries again. What does not work
-    /// here is left to the guest's own fault.
+    /// Map pages that are present now, so that the guest finds them when it goes on. What does not work here is
+    /// left to the guest's own faults.
     #[inline]
-    pub fn pre_fault(&mut self, fault: &MemoryFault) {
+    pub fn pre_fault(&mut self, gpa: u64, bytes: u64) {
         if !self.pre_faults {
             return;
         }
         // SAFETY: the fd is open as long as `self.fd` is, which this call does not outlive.
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
-        if let Err(e) = kvm_demand_paging::pre_fault(fd, fault.gpa, fault.size) {
+        if let Err(e) = kvm_demand_paging::pre_fault(fd, gpa, bytes) {
             self.pre_faults = !e
                 .errno()
                 .is_some_and(|errno| CANNOT_PRE_FAULT.contains(&errno));

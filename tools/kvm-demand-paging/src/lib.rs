@@ -55,6 +55,7 @@ mod memfd;
 mod memslot;
 mod pass;
 mod prefault;
+mod prefetch;
 mod range;
 pub mod source;
 mod sys;
@@ -80,6 +81,7 @@ pub use memfd::{Backing, Memfd, Seals};
 pub use memslot::{Memslot, MemslotBuilder, MemslotInfo, Memslots};
 pub use pass::{receive_vm, send_vm};
 pub use prefault::pre_fault;
+pub use prefetch::PrefetchWindow;
 pub use range::{coalesce, PageRange};
 pub use vm::{Collapsed, Features, Info, Marked, Paging, State, Vm};
 

@@ -85,6 +85,23 @@ impl DevicePager {
         Ok(claimed)
     }
 
+    /// Fill what follows a page that is there, up to `pages` in all, and stop where somebody else is at it.
+    fn fill_ahead(&self, first: u64, pages: u64) -> Result<u64> {
+        for page in (first + 1)..first.saturating_add(pages).min(self.alias.pages()) {
+            match self.claims.claim(page) {
+                Some(true) => {
+                    let range = PageRange::page(page);
+                    self.source.fetch(range, &self.alias.slice(range)?)?;
+                    self.counters.add_fetch();
+                    self.bitmap.set(page);
+                }
+                _ if self.bitmap.is_present(page) => {}
+                _ => return Ok(page - first),
+            }
+        }
+        Ok(pages.min(self.alias.pages() - first))
+    }
+
     fn handle(&self, stop: &Stopper) -> Result<()> {
         let mut events = Vec::new();
         while stop.wait_for(&self.vm)? {
@@ -127,7 +144,7 @@ impl Pager for DevicePager {
     }
 
     #[inline]
-    fn resolve(&self, fault: &MemoryFault) -> Result<()> {
+    fn resolve(&self, fault: &MemoryFault, pages: u64) -> Result<u64> {
         let exit = FaultExit::decode(fault.flags, fault.gpa, fault.size);
         match exit.map(|exit| exit.reason) {
             Some(Reason::Absent) => {
@@ -135,7 +152,10 @@ impl Pager for DevicePager {
                 if self.fill(page)? {
                     self.bitmap.set(page);
                 }
-                Ok(())
+                match pages {
+                    0 | 1 => Ok(1),
+                    _ => self.fill_ahead(page, pages),
+                }
             }
             Some(Reason::NoMemory) => Err(Error::invalid(format!(
                 "the page at {:#x} cannot be pinned: memory is short, or RLIMIT_MEMLOCK is reached (ulimit -l)",

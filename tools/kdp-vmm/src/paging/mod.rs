@@ -25,6 +25,8 @@ pub enum Mode {
     Floor,
     /// The device, with fault exits: the vCPU's own thread copies the page and sets its bit.
     Exit,
+    /// As [`Exit`](Self::Exit), and a guest that goes through its memory in order gets pages ahead of it.
+    Prefetch,
     /// The device, without exits: a handler thread reads events and marks pages present.
     Wait,
     /// userfaultfd, missing faults: a handler thread calls UFFDIO_COPY.
@@ -40,6 +42,7 @@ impl Mode {
         match self {
             Self::Floor => "floor",
             Self::Exit => "exit",
+            Self::Prefetch => "exit-prefetch",
             Self::Wait => "wait",
             Self::UffdMissing => "uffd-missing",
             Self::UffdMinor => "uffd-minor",
@@ -50,7 +53,15 @@ impl Mode {
     pub fn fault_bytes(self, backing: Backing) -> u64 {
         match self {
             Self::UffdMissing | Self::UffdMinor => backing.page_size(),
-            Self::Floor | Self::Exit | Self::Wait => PAGE_SIZE,
+            Self::Floor | Self::Exit | Self::Prefetch | Self::Wait => PAGE_SIZE,
+        }
+    }
+
+    /// The most pages that are fetched for one exit.
+    pub fn prefetch(self) -> u64 {
+        match self {
+            Self::Prefetch => 64,
+            _ => 1,
         }
     }
 }
@@ -98,8 +109,10 @@ pub trait Pager: Send + Sync {
         Ok(())
     }
 
-    /// Get the page that a vCPU's KVM_RUN returned for.
-    fn resolve(&self, fault: &MemoryFault) -> Result<()> {
+    /// Get the page that a vCPU's KVM_RUN returned for, and up to `pages` from it on. Returns how many from it
+    /// on are there now.
+    fn resolve(&self, fault: &MemoryFault, pages: u64) -> Result<u64> {
+        let _ = pages;
         Err(Error::invalid(format!(
             "KVM_RUN returned in a mode without fault exits: {fault:x?}"
         )))
@@ -124,8 +137,8 @@ pub fn pager(
 ) -> Result<Arc<dyn Pager>> {
     Ok(match mode {
         Mode::Floor => Arc::new(floor::Floor::new(backing, bytes, source.as_ref())?),
-        Mode::Exit | Mode::Wait => Arc::new(device::DevicePager::new(
-            mode == Mode::Exit,
+        Mode::Exit | Mode::Prefetch | Mode::Wait => Arc::new(device::DevicePager::new(
+            mode != Mode::Wait,
             backing,
             bytes,
             gpa,

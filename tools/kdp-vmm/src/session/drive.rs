@@ -6,8 +6,11 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kvm_demand_paging::PrefetchWindow;
+
 use crate::error::{Error, Result};
-use crate::paging::{Pager, Stopper};
+use crate::memory::PAGE_SIZE;
+use crate::paging::{Mode, Pager, Stopper};
 use crate::vcpu::{Stop, Vcpu};
 
 /// What one vCPU did.
@@ -38,7 +41,13 @@ enum Message {
 /// Every program must write to [`PORT_START`](crate::PORT_START) once: they all wait there for each other.
 ///
 /// After an error threads may stay behind that wait for pages for ever: end the process then.
-pub fn drive(vcpus: Vec<Vcpu>, pager: &Arc<dyn Pager>, timeout: Duration) -> Result<Vec<Outcome>> {
+pub fn drive(
+    vcpus: Vec<Vcpu>,
+    pager: &Arc<dyn Pager>,
+    mode: Mode,
+    timeout: Duration,
+) -> Result<Vec<Outcome>> {
+    let prefetch = mode.prefetch();
     let (sender, receiver) = mpsc::channel();
     let stopper = Arc::new(Stopper::new()?);
     let handler = pager.clone().handler().map(|work| {
@@ -56,7 +65,7 @@ pub fn drive(vcpus: Vec<Vcpu>, pager: &Arc<dyn Pager>, timeout: Duration) -> Res
         let (pager, barrier, sender) = (pager.clone(), barrier.clone(), sender.clone());
         thread::spawn(move || {
             let number = vcpu.number();
-            let outcome = run_vcpu(vcpu, pager.as_ref(), &barrier);
+            let outcome = run_vcpu(vcpu, pager.as_ref(), prefetch, &barrier);
             let _ = sender.send(Message::Vcpu(number, outcome));
         });
     }
@@ -90,8 +99,14 @@ pub fn drive(vcpus: Vec<Vcpu>, pager: &Arc<dyn Pager>, timeout: Duration) -> Res
     Ok(outcomes)
 }
 
-fn run_vcpu(mut vcpu: Vcpu, pager: &dyn Pager, barrier: &Barrier) -> Result<Outcome> {
+fn run_vcpu(
+    mut vcpu: Vcpu,
+    pager: &dyn Pager,
+    prefetch: u64,
+    barrier: &Barrier,
+) -> Result<Outcome> {
     pager.enter_vcpu_thread()?;
+    let mut window = PrefetchWindow::new(prefetch);
     let now = Instant::now();
     let mut outcome = Outcome {
         vcpu: vcpu.number(),
@@ -105,8 +120,8 @@ fn run_vcpu(mut vcpu: Vcpu, pager: &dyn Pager, barrier: &Barrier) -> Result<Outc
         match vcpu.run()? {
             Stop::Fault(fault) => {
                 outcome.exits += 1;
-                pager.resolve(&fault)?;
-                vcpu.pre_fault(&fault);
+                let pages = pager.resolve(&fault, window.fault(fault.gpa / PAGE_SIZE))?;
+                vcpu.pre_fault(fault.gpa, pages * PAGE_SIZE);
             }
             Stop::Echo | Stop::Interrupted => {}
             Stop::Tick(_) => outcome.ticks += 1,

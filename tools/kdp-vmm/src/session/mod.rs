@@ -243,7 +243,7 @@ pub fn run(config: &Config, source: Arc<dyn Source>) -> Result<Report> {
     }
     let khz = vcpus[0].tsc_khz()?;
 
-    let outcomes = drive(vcpus, &pager, config.timeout)?;
+    let outcomes = drive(vcpus, &pager, config.mode, config.timeout)?;
 
     let mut latencies = Vec::new();
     if config.samples {
