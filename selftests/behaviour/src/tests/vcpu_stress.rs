@@ -106,7 +106,10 @@ fn absent_again(backing: Backing, exits: bool) -> Result {
         .store(WATCH_STOP, Ordering::Release);
     let looks = guest::watched(&task.join("the vCPU")?)?;
     // It must have run; how fast is the machine's affair.
-    ensure!(looks >= rounds / 20, "the guest has looked at {looks} pages");
+    ensure!(
+        looks >= rounds / 20,
+        "the guest has looked at {looks} pages"
+    );
     ensure_eq!(
         exits,
         exited.load(Ordering::Acquire) > 0,
