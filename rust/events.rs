@@ -20,6 +20,10 @@ use crate::{
         }, //
     },
     max_poll_ns,
+    notices::{
+        Notice,
+        Notices, //
+    },
     rules::{
         poll,
         queue::{
@@ -101,6 +105,13 @@ pub(crate) struct Access {
     pub(crate) flags: u32,
 }
 
+/// What a reader gets next.
+enum Next {
+    Event(Delivery, Event<Arc<Waited>>),
+    Notice(Notice),
+    Nothing,
+}
+
 type EventQueue = Queue<Map<Key, Entry<Arc<Waited>>>, Map<u64, Key>>;
 
 /// The event queue.
@@ -108,6 +119,8 @@ type EventQueue = Queue<Map<Key, Entry<Arc<Waited>>>, Map<u64, Key>>;
 pub(crate) struct Events {
     #[pin]
     queue: Mutex<EventQueue>,
+    #[pin]
+    notices: Notices,
     #[pin]
     readable: PollCondVar,
     /// A copy of the queue's "closed" for a fault that does not wait. Relaxed: who goes on to wait
@@ -124,6 +137,7 @@ impl Events {
                 Queue::new(Map(RBTree::new()), Map(RBTree::new())),
                 "kdp_events"
             ),
+            notices <- Notices::new(),
             readable <- new_poll_condvar!("kdp_readable"),
             closed: Atomic::new(false),
             poll_ns: Atomic::new(0),
@@ -177,6 +191,22 @@ impl Events {
         }
     }
 
+    /// The current thread's touch of a page failed: readers are told, nobody waits.
+    pub(crate) fn notice(&self, access: Access, page: u64, error: Error) {
+        let Some(thread) = Pid::current() else { return };
+        let notice = Notice {
+            access,
+            page,
+            thread,
+            error,
+        };
+        if self.notices.push(notice) {
+            // A reader has either seen it, or sleeps by the time the lock is free.
+            drop(self.queue.lock());
+            self.readable.notify_one();
+        }
+    }
+
     /// The current thread no longer waits.
     fn leave(&self, ticket: Ticket) {
         self.queue.lock().leave(ticket);
@@ -218,7 +248,7 @@ impl Events {
     pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> bool {
         // First the registration, then the look: an event that comes in between wakes.
         table.register_wait(file, &self.readable);
-        self.queue.lock().unread() > 0
+        self.queue.lock().unread() > 0 || !self.notices.is_empty()
     }
 
     /// Delivers events; returns how many bytes.
@@ -230,11 +260,18 @@ impl Events {
         let owner = current_reader();
         let mut done = 0;
         while out.len() >= SIZE {
-            let Some((delivery, event)) = self.next(owner, nonblock || done > 0)? else {
-                break;
+            let next = self.next(owner, nonblock || done > 0)?;
+            let raw = match &next {
+                Next::Nothing => break,
+                Next::Event(_, event) => describe(event),
+                Next::Notice(notice) => describe_notice(notice),
             };
-            if let Err(e) = out.write_slice(describe(event).bytes()) {
-                self.queue.lock().unread_again(delivery);
+            if let Err(e) = out.write_slice(raw.bytes()) {
+                match next {
+                    Next::Event(delivery, _) => self.queue.lock().unread_again(delivery),
+                    Next::Notice(notice) => self.notices.put_back(notice),
+                    Next::Nothing => (),
+                }
                 self.readable.notify_one();
                 return if done > 0 { Ok(done) } else { Err(e) };
             }
@@ -247,14 +284,17 @@ impl Events {
     }
 
     /// The next event; waits for one, unless `at_once`.
-    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<(Delivery, Event<Arc<Waited>>)>> {
+    fn next(&self, owner: Owner, at_once: bool) -> Result<Next> {
         let mut queue = self.queue.lock();
         loop {
-            if let Some(delivered) = queue.read(owner) {
-                return Ok(Some(delivered));
+            if let Some((delivery, event)) = queue.read(owner) {
+                return Ok(Next::Event(delivery, event));
+            }
+            if let Some(notice) = self.notices.pop() {
+                return Ok(Next::Notice(notice));
             }
             if at_once {
-                return Ok(None);
+                return Ok(Next::Nothing);
             }
             if self.readable.wait_interruptible(&mut queue) {
                 // The wake-up that was perhaps meant for this thread is for another one.
@@ -265,7 +305,7 @@ impl Events {
     }
 }
 
-fn describe(event: Event<Arc<Waited>>) -> kdp_event {
+fn describe(event: &Event<Arc<Waited>>) -> kdp_event {
     let Event {
         key,
         waiters,
@@ -280,8 +320,22 @@ fn describe(event: Event<Arc<Waited>>) -> kdp_event {
         gfn: access.gfn,
         access: access.flags,
         tid: waited.thread.number_here(),
-        waiters,
-        deliveries,
+        waiters: *waiters,
+        deliveries: *deliveries,
+        ..Default::default()
+    }
+}
+
+fn describe_notice(notice: &Notice) -> kdp_event {
+    kdp_event {
+        type_: KDP_EVENT_SOURCE_ERROR,
+        slot_id: notice.access.slot_id,
+        page: notice.page,
+        gfn: notice.access.gfn,
+        access: notice.access.flags,
+        tid: notice.thread.number_here(),
+        deliveries: 1,
+        error: -notice.error.to_errno(),
         ..Default::default()
     }
 }

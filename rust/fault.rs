@@ -8,6 +8,7 @@
 //! fault retried.
 
 use crate::{
+    ahead,
     collapse,
     events::Access,
     ffi::{
@@ -29,6 +30,11 @@ use crate::{
             Toucher,
             Verdict, //
         }, //
+    },
+    source::{
+        Filled,
+        Source,
+        Unfilled, //
     },
     vcpu, //
 };
@@ -60,12 +66,24 @@ impl Mapping for MemoryMapping {
         }
         loop {
             let pages = slot.pages.read();
-            let state = pages.state(page);
+            let mut state = pages.state(page);
+            let source = pages.source().filter(|_| state == State::Sourced).cloned();
+            if let Some(source) = &source {
+                match source.fill(&slot, &pages, page) {
+                    Ok(Filled::Now) => {
+                        slot.stats.source_reads().add(1);
+                        state = State::Present;
+                    }
+                    Ok(Filled::Already) => state = pages.state(page),
+                    Ok(Filled::NotCached) => (),
+                    Err(why) => return unfilled(&slot, &fault, page, why),
+                }
+            }
             if state == State::Present {
                 let Ok(frame) = slot.backing.frame(&pages, page) else {
                     return cannot_pin(&slot, &fault, page);
                 };
-                let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
+                let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_RETRY);
                 // Another thread may have mapped the whole block since this fault fell back to a page.
                 let outcome = if fault.is_in_block() {
                     Outcome::Mapped
@@ -74,6 +92,7 @@ impl Mapping for MemoryMapping {
                     collapse::consider(&slot, &pages, &fault, 0);
                     outcome
                 };
+                ahead::consider(slot, &pages, page);
                 drop(pages);
                 return mapped(&slot, fault, page, 0, outcome, exits);
             }
@@ -94,6 +113,10 @@ impl Mapping for MemoryMapping {
                 Verdict::FillZero => match slot.fill_zero(page) {
                     Ok(()) => continue,
                     Err(_) => cannot_pin(&slot, &fault, page),
+                },
+                Verdict::Fetch => match source {
+                    Some(source) => fetch(slot, fault, &source, page),
+                    None => continue,
                 },
                 Verdict::Exit => exit(&slot, &fault, page),
                 Verdict::Wait => match wait(slot, fault, page) {
@@ -127,12 +150,13 @@ impl Mapping for MemoryMapping {
             return Outcome::Fallback;
         };
         let page = fault.pgoff();
-        let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
+        let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_RETRY);
         let outcome = fault.insert_block(frame, order);
         if outcome == Outcome::Fallback {
             return outcome;
         }
         collapse::consider(&slot, &pages, &fault, order);
+        ahead::consider(slot, &pages, page);
         drop(pages);
         mapped(&slot, fault, page, order, outcome, exits)
     }
@@ -159,6 +183,14 @@ fn access(fault: &Fault<'_>) -> u32 {
     };
     let exec = if fault.is_exec() { KDP_ACCESS_EXEC } else { 0 };
     who | write | exec
+}
+
+fn touch(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Access {
+    Access {
+        slot_id: slot.place.id,
+        gfn: slot.place.base_gfn + page,
+        flags: access(fault),
+    }
 }
 
 /// If the fault is a stage-2 fault of a thread with exits on, says in its `kvm_run` why KVM_RUN is
@@ -223,17 +255,48 @@ fn cannot_pin(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
     fail(slot)
 }
 
+/// Reads a page from its source, and has the fault retried.
+fn fetch(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, source: &Source, page: u64) -> Outcome {
+    // Once the lock is dropped nothing but a retry may follow: an error is for that one.
+    match source.failure(page) {
+        Some(e) if e == ENOMEM => return cannot_pin(&slot, &fault, page),
+        Some(e) => return unfilled(&slot, &fault, page, Unfilled::Unread(e)),
+        None => (),
+    }
+    // The mapping, and with it the memslot's file, may go meanwhile.
+    let slot: Arc<Memslot> = slot.into();
+    let is_guest = is_guest(&fault);
+    fault.release_lock();
+    source.fetch_for_touch(&slot, page);
+    if is_guest {
+        // KVM does not hear of an error that comes after the lock was dropped: it looks, and begins anew
+        // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). So it is made to look at once.
+        Outcome::MappedUnlocked
+    } else {
+        Outcome::Retry
+    }
+}
+
+/// A page was not filled from its source.
+#[cold]
+fn unfilled(slot: &Memslot, fault: &Fault<'_>, page: u64, why: Unfilled) -> Outcome {
+    let Unfilled::Unread(error) = why else {
+        return cannot_pin(slot, fault, page);
+    };
+    prepare_exit(slot, fault, page, KDP_EXIT_SOURCE_ERROR);
+    slot.stats.source_errors().add(1);
+    let touch = touch(slot, fault, page);
+    slot.vm.events.notice(touch, page, error);
+    fail(slot)
+}
+
 /// Waits until the page is resolved. Gives the fault back if it need not wait after all.
 fn wait<'a>(
     slot: ArcBorrow<'_, Memslot>,
     fault: Fault<'a>,
     page: u64,
 ) -> Result<Outcome, Fault<'a>> {
-    let touch = Access {
-        slot_id: slot.place.id,
-        gfn: slot.place.base_gfn + page,
-        flags: access(&fault),
-    };
+    let touch = touch(&slot, &fault, page);
     let pages = slot.pages.read();
     let is_absent = || pages.state(page) == State::Absent;
     let entered = slot.vm.events.enter(slot.key(page), touch, is_absent);

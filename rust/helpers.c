@@ -16,6 +16,8 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/stat.h>
 #include <linux/shmem_fs.h>
+#include <linux/wait_bit.h>
+#include <linux/workqueue.h>
 
 #include "helpers.h"
 
@@ -236,6 +238,32 @@ void kdp_zero_pfn(unsigned long pfn)
 void *kdp_page_words(struct page *page)
 {
 	return page_address(page);
+}
+
+/* bits that are locks */
+
+/* Acquires: what was done under the lock before is seen. */
+void kdp_bit_lock(unsigned long *word, int bit)
+{
+	wait_on_bit_lock(word, bit, TASK_UNINTERRUPTIBLE);
+}
+
+/* Releases, to pair with that. */
+void kdp_bit_unlock(unsigned long *word, int bit)
+{
+	clear_and_wake_up_bit(bit, word);
+}
+
+/* work */
+
+struct workqueue_struct *kdp_alloc_workqueue(void)
+{
+	return alloc_workqueue("kvm_demand_paging", WQ_UNBOUND, 0);
+}
+
+void kdp_cond_resched(void)
+{
+	cond_resched();
 }
 
 /* who pays */
@@ -522,6 +550,11 @@ void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags)
 void kdp_trace_wait(u32 slot, u64 page, u32 access)
 {
 	trace_kdp_wait(slot, page, access);
+}
+
+void kdp_trace_source(u32 slot, u64 first, u64 count, int error)
+{
+	trace_kdp_source(slot, first, count, error);
 }
 
 void kdp_trace_collapse(u32 slot, u64 first, u64 count)

@@ -60,6 +60,30 @@ void kdp_unpin_pfn(unsigned long pfn);
 void kdp_zero_pfn(unsigned long pfn);
 void *kdp_page_words(struct page *page);
 
+/* files that pages are read from: page_cache.c */
+enum kdp_source_kind {
+	KDP_SOURCE_CACHE,	/* through the page cache */
+	KDP_SOURCE_SHMEM,	/* tmpfs: so, too, but by its own calls */
+	KDP_SOURCE_READ,	/* by reading it, as any program does */
+};
+enum kdp_fetched {
+	KDP_FETCHED_HOLE = 1,
+};
+int kdp_source_kind(struct file *file);
+int kdp_source_copy(struct file *file, pgoff_t index, unsigned long pfn);
+int kdp_source_fetch(struct file *file, int kind, pgoff_t index);
+void kdp_source_ahead(struct file *file, pgoff_t index, unsigned long count);
+int kdp_source_read(struct file *file, pgoff_t index, struct page *page);
+void kdp_copy_to_pfn(unsigned long pfn, struct page *page);
+
+/* bits that are locks */
+void kdp_bit_lock(unsigned long *word, int bit);
+void kdp_bit_unlock(unsigned long *word, int bit);
+
+/* work */
+struct workqueue_struct *kdp_alloc_workqueue(void);
+void kdp_cond_resched(void);
+
 /* who pays */
 struct user_struct *kdp_current_user_get(void);
 struct user_struct *kdp_user_get(struct user_struct *user);
@@ -121,6 +145,7 @@ void kdp_tracepoint_synchronize(void);
 void kdp_trace_fault(u32 slot, u64 page, u32 access, u32 order);
 void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags);
 void kdp_trace_wait(u32 slot, u64 page, u32 access);
+void kdp_trace_source(u32 slot, u64 first, u64 count, int error);
 void kdp_trace_collapse(u32 slot, u64 first, u64 count);
 void kdp_trace_resolve(u32 slot, u64 first, u64 count, u64 changed, u64 woken);
 

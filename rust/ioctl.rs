@@ -11,6 +11,7 @@ use crate::{
     ffi::{
         file::RawFile,
         memfd::Memfd,
+        source_file::SourceFile,
         tracepoint,
         uapi::*, //
     },
@@ -29,6 +30,7 @@ use crate::{
         range::PageRange,
         touch::State, //
     },
+    source::Source,
     vm::{
         Slot,
         Vm, //
@@ -66,6 +68,7 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_MARK => with_answer(arg, |a| mark(vm, a)),
         KDP_CMD_VCPU_EXITS => simple(arg, |a| vcpu_exits(vm, a)),
         KDP_CMD_COLLAPSE => with_answer(arg, |a| collapse(vm, a)),
+        KDP_CMD_SOURCE => simple(arg, |a| source(vm, a)),
         _ => Err(ENOTTY),
     }
 }
@@ -118,8 +121,13 @@ fn check_unknown(flags: u32, known: u32, reserved: u32) -> Result {
 
 fn info(arg: &mut kdp_info) -> Result {
     check_unknown(arg.flags, 0, 0)?;
-    let mut features =
-        u64::from(KDP_FEATURE_PATHS | KDP_FEATURE_HUGE | KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE);
+    let mut features = u64::from(
+        KDP_FEATURE_PATHS
+            | KDP_FEATURE_HUGE
+            | KDP_FEATURE_ZERO
+            | KDP_FEATURE_COLLAPSE
+            | KDP_FEATURE_SOURCE,
+    );
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
     }
@@ -242,7 +250,10 @@ fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
         _ => return Err(EOPNOTSUPP),
     };
     let memslot = vm.slot(arg.slot_id)?;
-    let ranges = read_ranges(&memslot, arg)?;
+    if arg.nr_ranges == 0 {
+        return Err(EINVAL);
+    }
+    let ranges = read_ranges(&memslot, arg.ranges, arg.nr_ranges)?;
     let mut progress = Progress::default();
     let result = ranges.as_slice().iter().try_for_each(|&range| match state {
         State::Absent => memslot.mark_absent(range, &mut progress),
@@ -255,6 +266,7 @@ fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
 
 /// The ranges of one call. A handler that answers faults names one at a time: that needs no memory.
 enum Ranges {
+    None,
     One(PageRange),
     Many(KVVec<PageRange>),
 }
@@ -262,6 +274,7 @@ enum Ranges {
 impl Ranges {
     fn as_slice(&self) -> &[PageRange] {
         match self {
+            Ranges::None => &[],
             Ranges::One(range) => slice::from_ref(range),
             Ranges::Many(ranges) => ranges,
         }
@@ -269,20 +282,22 @@ impl Ranges {
 }
 
 /// Reads and checks all ranges before the first of them is done.
-fn read_ranges(memslot: &Arc<Memslot>, arg: &kdp_mark) -> Result<Ranges> {
-    if arg.nr_ranges == 0 || arg.nr_ranges > KDP_MAX_RANGES {
+fn read_ranges(memslot: &Arc<Memslot>, address: u64, count: u32) -> Result<Ranges> {
+    if count > KDP_MAX_RANGES {
         return Err(EINVAL);
     }
-    let count = arg.nr_ranges as usize;
-    let address = UserPtr::from_addr(usize::try_from(arg.ranges).map_err(|_| EFAULT)?);
+    let count = count as usize;
+    let address = UserPtr::from_addr(usize::try_from(address).map_err(|_| EFAULT)?);
     let mut reader = UserSlice::new(address, count * size_of::<kdp_range>()).reader();
     let mut next = || -> Result<PageRange> {
         let mut range = kdp_range::default();
         reader.read_slice(range.bytes_mut())?;
         memslot.range(range.first, range.count).ok_or(EINVAL)
     };
-    if count == 1 {
-        return next().map(Ranges::One);
+    match count {
+        0 => return Ok(Ranges::None),
+        1 => return next().map(Ranges::One),
+        _ => (),
     }
     let mut ranges = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
     for _ in 0..count {
@@ -302,6 +317,29 @@ fn collapse(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_collapse) -> Result {
     arg.small = report.small;
     arg.missing = report.missing.unwrap_or(u64::MAX);
     result
+}
+
+fn source(vm: ArcBorrow<'_, Vm>, arg: &kdp_source) -> Result {
+    check_unknown(arg.flags, KDP_SOURCE_ADD, arg.__reserved)?;
+    let memslot = vm.slot(arg.slot_id)?;
+    let adds = arg.flags & KDP_SOURCE_ADD != 0;
+    // Ranges without a file are for a file that is there already.
+    let has_ranges = arg.nr_ranges > 0;
+    if arg.fd == -1 && (arg.offset != 0 || adds != has_ranges) || arg.fd != -1 && adds {
+        return Err(EINVAL);
+    }
+    let ranges = read_ranges(&memslot, arg.ranges, arg.nr_ranges)?;
+    if adds {
+        return memslot.add_source(ranges.as_slice());
+    }
+    let source = match arg.fd {
+        -1 => None,
+        fd => {
+            let file = SourceFile::from_fd(fd)?;
+            Some(Source::new(file, arg.offset, memslot.place.nr_pages)?)
+        }
+    };
+    memslot.set_source(source, ranges.as_slice())
 }
 
 fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &kdp_vcpu_exits) -> Result {

@@ -11,6 +11,7 @@
 )]
 mod rules;
 
+mod ahead;
 mod backing;
 mod collapse;
 mod device;
@@ -19,8 +20,10 @@ mod fault;
 mod ffi;
 mod ioctl;
 mod memslot;
+mod notices;
 mod pages;
 mod path;
+mod source;
 mod stats;
 mod vcpu;
 mod vm;
@@ -56,6 +59,7 @@ struct KvmDemandPaging {
     device: ffi::file::Node<device::Control>,
     #[pin]
     kvm: ffi::tracepoint::Watch,
+    work: ffi::work::WorkQueue,
 }
 
 impl InPlaceModule for KvmDemandPaging {
@@ -66,6 +70,7 @@ impl InPlaceModule for KvmDemandPaging {
         let kvm = unsafe { ffi::tracepoint::Watch::new() };
         try_pin_init!(Self {
             kvm <- kvm,
+            work: ffi::work::WorkQueue::new()?,
             device <- device::Control::node(),
         })
     }

@@ -42,7 +42,8 @@ use crate::{
     },
     pages::{
         Mode,
-        Pages, //
+        Pages,
+        Supply, //
     },
     path::Name,
     rules::{
@@ -60,6 +61,7 @@ use crate::{
         },
         touch::State, //
     },
+    source::Source,
     stats::Stats,
     vm::Vm, //
 };
@@ -80,6 +82,11 @@ use kernel::{
     uaccess::{
         UserPtr,
         UserSliceWriter, //
+    },
+    workqueue::{
+        impl_has_work,
+        new_work,
+        Work, //
     }, //
 };
 
@@ -134,10 +141,17 @@ pub(crate) struct Memslot {
     inode: Inode,
     #[pin]
     pub(crate) remapper: Remapper,
+    /// Reads ahead.
+    #[pin]
+    ahead: Work<Memslot>,
     #[pin]
     changes: Mutex<()>,
     #[pin]
     pub(crate) pages: RwSem<Pages>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Memslot { self.ahead }
 }
 
 impl Memslot {
@@ -157,6 +171,7 @@ impl Memslot {
                 stats: Stats::default(),
                 inode,
                 remapper <- Remapper::new(),
+                ahead <- new_work!("kdp_ahead"),
                 changes <- new_mutex!((), "kdp_changes"),
                 pages <- RwSem::new(pages, c"kdp_pages", kernel::static_lock_class!()),
             }),
@@ -208,18 +223,23 @@ impl Memslot {
         let _changes = self.changes.lock();
         let mut first = range.first();
         let (mut changed, mut woken) = (0, 0);
+        let mark = |pages: &Pages, part| match (pages.mode(), to) {
+            (Mode::Removed, _) => Err(ENOENT),
+            (Mode::Off, State::Zero) => Err(ENXIO),
+            (_, State::Zero) => pages.mark_zero(part),
+            _ => pages.mark_present(part),
+        };
+        // For writing, if there is a source: a page must not become present while it is read.
+        let has_source = self.pages.read().source().is_some();
         for part in range.chunks() {
             if is_being_killed() {
                 return Err(EINTR);
             }
-            let pages = self.pages.read();
-            changed += match (pages.mode(), to) {
-                (Mode::Removed, _) => return Err(ENOENT),
-                (Mode::Off, State::Zero) => return Err(ENXIO),
-                (_, State::Zero) => pages.mark_zero(part)?,
-                _ => pages.mark_present(part)?,
+            changed += if has_source {
+                mark(&self.pages.write(), part)?
+            } else {
+                mark(&self.pages.read(), part)?
             };
-            drop(pages);
             // A waiter that enters after this sees the state changed, under the queue's lock.
             woken += self.wake(first, first + (part.count - 1));
             first += part.count;
@@ -399,6 +419,58 @@ impl Memslot {
         self.wake_all();
     }
 
+    /// Names where absent pages may be read from, and which; all of them, if `ranges` names none.
+    pub(crate) fn set_source(&self, source: Option<Arc<Source>>, ranges: &[PageRange]) -> Result {
+        let _changes = self.changes.lock();
+        let mut supply = None;
+        if let Some(source) = source {
+            let new = Supply::new(source, ranges.is_empty())?;
+            for &range in ranges {
+                if is_being_killed() {
+                    return Err(EINTR);
+                }
+                new.add(range)?;
+            }
+            supply = Some(new);
+        }
+        let mut pages = self.pages.write();
+        match pages.mode() {
+            Mode::Removed => return Err(ENOENT),
+            Mode::Off => return Err(ENXIO),
+            Mode::On { .. } => (),
+        }
+        let old = pages.set_supply(supply);
+        drop(pages);
+        drop(old);
+        self.wake_all();
+        Ok(())
+    }
+
+    /// The source has these pages, too.
+    pub(crate) fn add_source(&self, ranges: &[PageRange]) -> Result {
+        let _changes = self.changes.lock();
+        let pages = self.pages.read();
+        if pages.mode() == Mode::Removed {
+            return Err(ENOENT);
+        }
+        let supply = pages.supply().ok_or(ENXIO)?;
+        let added = ranges.iter().try_for_each(|&range| {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            supply.add(range)
+        });
+        drop(pages);
+        self.wake_all();
+        added
+    }
+
+    /// Pages have been read ahead.
+    pub(crate) fn collapse_read(&self, range: PageRange) {
+        let _changes = self.changes.lock();
+        self.unmap_whole_blocks(range.first(), range.count());
+    }
+
     fn unmap_all(&self) {
         self.inode.unmap(0, self.place.nr_pages);
         self.inode.unmap(BITMAP_PGOFF, self.bitmap_pages());
@@ -432,7 +504,7 @@ impl Memslot {
         }
         // Nobody has the page mapped: it was absent when it became zero.
         self.backing.frame(&pages, page)?.zero();
-        pages.zero_filled(page)?;
+        pages.filled(page)?;
         self.stats.zero_filled().add(1);
         Ok(())
     }

@@ -31,9 +31,13 @@ use crate::{
             CHUNK_PAGES, //
         },
         touch::State, //
-    }, //
+    },
+    source::Source, //
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
 
 /// What the pages are when no bit says more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +63,43 @@ pub(crate) struct Pages {
     ///
     /// [`PINS`]: crate::ffi::memfd::PINS
     pub(crate) pins: Tree<Pins>,
+    supply: Option<Supply>,
+}
+
+/// A source, and which absent pages it has the bytes of.
+pub(crate) struct Supply {
+    source: Arc<Source>,
+    /// What a chunk that was never needed reads as.
+    default: bool,
+    has: Tree<SharedPage>,
+}
+
+impl Supply {
+    /// Has all pages, or none yet.
+    pub(crate) fn new(source: Arc<Source>, all: bool) -> Result<Self> {
+        Ok(Self {
+            source,
+            default: all,
+            has: Tree::new()?,
+        })
+    }
+
+    /// Has these, too.
+    pub(crate) fn add(&self, range: PageRange) -> Result {
+        for part in range.chunks() {
+            let has = Pages::chunk(&self.has, part.chunk, self.default)?;
+            bits::set(has.words(), part);
+        }
+        Ok(())
+    }
+
+    fn remove(&self, part: ChunkPart) -> Result {
+        if self.default || self.has.get(part.chunk as usize).is_some() {
+            let has = Pages::chunk(&self.has, part.chunk, self.default)?;
+            bits::clear_both(Some(has.words()), None, part);
+        }
+        Ok(())
+    }
 }
 
 impl Pages {
@@ -68,6 +109,7 @@ impl Pages {
             present: Tree::new()?,
             zero: Tree::new()?,
             pins: Tree::new()?,
+            supply: None,
         })
     }
 
@@ -75,11 +117,28 @@ impl Pages {
         self.mode
     }
 
-    /// Starts over in another mode, with no bits. The caller unmaps the bitmap.
+    /// Starts over in another mode, with no bits and no source. The caller unmaps the bitmap.
     pub(crate) fn restart(&mut self, mode: Mode) {
         self.mode = mode;
         self.present.clear();
         self.zero.clear();
+        self.supply = None;
+    }
+
+    /// Where absent pages may be read from.
+    #[inline]
+    pub(crate) fn source(&self) -> Option<&Arc<Source>> {
+        self.supply.as_ref().map(|supply| &supply.source)
+    }
+
+    /// What the source has.
+    pub(crate) fn supply(&self) -> Option<&Supply> {
+        self.supply.as_ref()
+    }
+
+    /// Replaces it; returns what was there, to be dropped without the lock.
+    pub(crate) fn set_supply(&mut self, supply: Option<Supply>) -> Option<Supply> {
+        core::mem::replace(&mut self.supply, supply)
     }
 
     fn words(tree: &Tree<SharedPage>, chunk: u64) -> Option<&[SharedWord]> {
@@ -119,7 +178,14 @@ impl Pages {
         // sees the present bit, which is set first, perhaps in a chunk that is new.
         let present = present.or_else(|| Self::words(&self.present, chunk));
         if is_present(present) {
-            State::Present
+            return State::Present;
+        }
+        let is_sourced = |supply: &Supply| {
+            Self::words(&supply.has, chunk)
+                .map_or(supply.default, |words| bits::is_set(words, word, bit))
+        };
+        if self.supply.as_ref().is_some_and(is_sourced) {
+            State::Sourced
         } else {
             State::Absent
         }
@@ -216,6 +282,10 @@ impl Pages {
         if default {
             Self::chunk(&self.present, part.chunk, default)?;
         }
+        // From now on their bytes are where the caller put them.
+        if let Some(supply) = &self.supply {
+            supply.remove(part)?;
+        }
         let present = Self::words(&self.present, part.chunk);
         let zero = Self::words(&self.zero, part.chunk);
         Ok(bits::clear_both(present, zero, part))
@@ -238,8 +308,8 @@ impl Pages {
         }
     }
 
-    /// A page in the state zero has been filled: it is present now.
-    pub(crate) fn zero_filled(&self, page: u64) -> Result {
+    /// A page that was zero, or that the source had, has been filled: it is present now.
+    pub(crate) fn filled(&self, page: u64) -> Result {
         let (chunk, word, bit) = range::locate(page);
         let Mode::On { default } = self.mode else {
             return Ok(());

@@ -50,6 +50,12 @@ counters! {
     resolved => "resolved",
     /// Pages that were filled with zeros.
     zero_filled => "zero-filled",
+    /// Pages that were read from a source when they were touched.
+    source_reads => "source-reads",
+    /// Pages that were read ahead.
+    source_ahead => "source-ahead",
+    /// Touches that a source failed.
+    source_errors => "source-errors",
     /// Touches that failed.
     sigbus => "sigbus",
 }

@@ -65,6 +65,27 @@ TRACE_EVENT(kdp_wait,
 		  __entry->slot, __entry->page, __entry->access)
 );
 
+/* Pages were read from a source, ahead if there are several, or could not be. */
+TRACE_EVENT(kdp_source,
+	TP_PROTO(u32 slot, u64 first, u64 count, int error),
+	TP_ARGS(slot, first, count, error),
+	TP_STRUCT__entry(
+		__field(u32, slot)
+		__field(u64, first)
+		__field(u64, count)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->slot = slot;
+		__entry->first = first;
+		__entry->count = count;
+		__entry->error = error;
+	),
+	TP_printk("slot %u first 0x%llx count %llu error %d",
+		  __entry->slot, __entry->first, __entry->count,
+		  __entry->error)
+);
+
 /* A range of whole blocks was mapped anew. */
 TRACE_EVENT(kdp_collapse,
 	TP_PROTO(u32 slot, u64 first, u64 count),

@@ -199,6 +199,8 @@ static uint16_t run_guest(int vcpu, struct kvm_run *run)
 		if (ret < 0 && errno == EINTR)
 			continue;
 		if (ret < 0 && errno == EFAULT && run->exit_reason == KVM_EXIT_MEMORY_FAULT) {
+			if (run->memory_fault.flags & KDP_EXIT_RETRY)
+				continue;
 			if (!(run->memory_fault.flags & KDP_EXIT_ABSENT)) {
 				fprintf(stderr, "fault at 0x%llx, flags 0x%llx\n", run->memory_fault.gpa,
 					run->memory_fault.flags);

@@ -5,12 +5,14 @@
 //! All `unsafe` of the module is in here. Each file wraps one thing that the `kernel` crate does not
 //! wrap yet, in a type whose safe methods cannot be misused.
 
+pub(crate) mod bit_lock;
 pub(crate) mod file;
 pub(crate) mod kvm;
 pub(crate) mod memfd;
 pub(crate) mod remap;
 pub(crate) mod rwsem;
 pub(crate) mod shared_page;
+pub(crate) mod source_file;
 pub(crate) mod task;
 pub(crate) mod trace;
 pub(crate) mod tracepoint;
@@ -18,6 +20,7 @@ pub(crate) mod tree;
 pub(crate) mod uapi;
 pub(crate) mod vma;
 pub(crate) mod wait;
+pub(crate) mod work;
 
 /// What `helpers.c` offers, by bindgen.
 #[allow(

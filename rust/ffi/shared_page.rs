@@ -23,6 +23,11 @@ use kernel::{
 pub(crate) struct SharedWord(Atomic<u64>);
 
 impl SharedWord {
+    /// The word, for the kernel's own atomic bit operations.
+    pub(super) fn as_ptr(&self) -> *mut usize {
+        self.0.as_ptr().cast()
+    }
+
     fn update(&self, new: impl Fn(u64) -> u64) -> u64 {
         let mut old = self.0.load(Relaxed);
         // Release: pairs with the acquire of `load_acquire()` in a fault, and with userspace's own.

@@ -29,6 +29,12 @@ pub(crate) fn resolve(slot: u32, first: u64, count: u64, changed: u64, woken: u6
     unsafe { c::kdp_trace_resolve(slot, first, count, changed, woken) };
 }
 
+/// Pages were read from a source, or could not be: `error` is 0 or a negative errno.
+pub(crate) fn source(slot: u32, first: u64, count: u64, error: i32) {
+    // SAFETY: A tracepoint takes any values.
+    unsafe { c::kdp_trace_source(slot, first, count, error) };
+}
+
 /// A range was mapped anew.
 pub(crate) fn collapse(slot: u32, first: u64, count: u64) {
     // SAFETY: A tracepoint takes any values.

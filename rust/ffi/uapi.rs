@@ -71,6 +71,7 @@ arguments! {
     kdp_mark: 40;
     kdp_vcpu_exits: 16;
     kdp_collapse: 64;
+    kdp_source: 40;
 }
 
 const _: () = assert!(size_of::<kdp_event>() == 48 && size_of::<kdp_range>() == 16);

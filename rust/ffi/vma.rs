@@ -34,7 +34,7 @@ pub(crate) enum Outcome {
     Retry,
     /// Try again; the fault's lock is still held.
     RetryLocked,
-    /// A page table entry is there; the fault's lock was dropped.
+    /// A page table entry may be there, the caller looks; the fault's lock was dropped.
     MappedUnlocked,
     /// A smaller page, please.
     Fallback,

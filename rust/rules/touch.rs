@@ -9,6 +9,8 @@ pub enum State {
     Present,
     /// It is known to hold nothing: reads as zeros.
     Zero,
+    /// Its bytes are in the memslot's source, which the kernel reads by itself.
+    Sourced,
     /// Its bytes are elsewhere.
     Absent,
     /// Its memslot was removed.
@@ -33,6 +35,8 @@ pub enum Verdict {
     Map,
     /// Fill it with zeros, make it present, look again.
     FillZero,
+    /// Read it from the source, without the fault's lock, and look again.
+    Fetch,
     /// Return from KVM_RUN and name the page.
     Exit,
     /// Queue an event and sleep until the page is resolved.
@@ -49,6 +53,10 @@ pub fn decide(state: State, who: Toucher, served: bool) -> Verdict {
         State::Present => Verdict::Map,
         State::Zero => Verdict::FillZero,
         State::Removed => Verdict::Fail,
+        // Nobody need serve it, and nobody is asked.
+        State::Sourced if !who.may_retry => Verdict::Fail,
+        State::Sourced if who.no_wait => Verdict::Retry,
+        State::Sourced => Verdict::Fetch,
         State::Absent if !served => Verdict::Fail,
         State::Absent if who.exits => Verdict::Exit,
         State::Absent if !who.may_retry => Verdict::Fail,

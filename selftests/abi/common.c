@@ -18,6 +18,7 @@ union arg {
 	struct kdp_mark mark;
 	struct kdp_vcpu_exits exits;
 	struct kdp_collapse collapse;
+	struct kdp_source source;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -38,6 +39,7 @@ static const struct call {
 	{ "KDP_MARK", KDP_MARK, sizeof(struct kdp_mark), 0, true },
 	{ "KDP_VCPU_EXITS", KDP_VCPU_EXITS, sizeof(struct kdp_vcpu_exits), 0, false },
 	{ "KDP_COLLAPSE", KDP_COLLAPSE, sizeof(struct kdp_collapse), 0, true },
+	{ "KDP_SOURCE", KDP_SOURCE, sizeof(struct kdp_source), KDP_SOURCE_ADD, false },
 };
 
 #define for_each_call(c) \
@@ -117,6 +119,10 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 	case KDP_COLLAPSE:
 		a->collapse.slot_id = SLOT;
 		a->collapse.count = PAGES;
+		break;
+	case KDP_SOURCE:
+		a->source.slot_id = SLOT;
+		a->source.fd = -1;
 		break;
 	}
 }
@@ -298,6 +304,9 @@ TEST_F(abi, reserved_nonzero_is_eopnotsupp)
 		case KDP_COLLAPSE:
 			self->arg->collapse.__reserved = 1;
 			break;
+		case KDP_SOURCE:
+			self->arg->source.__reserved = 1;
+			break;
 		default:
 			continue;
 		}
@@ -325,6 +334,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 
 	for (size_t i = 0; i < ARRAY_SIZE(ids); i++) {
 		EXPECT_EQ(ENOENT, kdp_collapse(self->vm, ids[i], 0, 1, &collapse));
+		EXPECT_EQ(ENOENT, kdp_source(self->vm, ids[i], -1, 0, NULL, 0));
 		EXPECT_EQ(ENOENT, kdp_remove(self->vm, ids[i]));
 		EXPECT_EQ(ENOENT, kdp_get(self->vm, ids[i], 0, &get));
 		EXPECT_EQ(ENOENT, kdp_paging(self->vm, ids[i], KDP_PAGING_ON));
@@ -335,7 +345,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 TEST_F(abi, ioctl_unknown_is_enotty)
 {
 	for (unsigned int nr = 0; nr < 256; nr++) {
-		if (nr < 0x80 || nr > 0x87) {
+		if (nr < 0x80 || nr > 0x88) {
 			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
 				TH_LOG("nr %#x", nr);
 		}

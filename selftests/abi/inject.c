@@ -376,6 +376,49 @@ TEST_F(inject, bitmap_touch)
 	}
 }
 
+static void touch_sourced(struct __test_metadata *_metadata, struct _test_data_inject *self, int fd)
+{
+	while (inject_next(_metadata, &self->in)) {
+		unsigned char val = 0xff;
+		int sig, err;
+
+		ASSERT_EQ(0, kdp_paging(self->vm, 1, KDP_PAGING_ON));
+		inject_on(&self->in);
+		err = kdp_source(self->vm, 1, fd, 0, &(struct kdp_range){ 3, 9 }, 1);
+		inject_off(&self->in);
+		EXPECT_CLEAN(err);
+		if (!self->in.fired) {
+			inject_on(&self->in);
+			sig = touch_read(self->s.guest + 6 * PAGE, &val);
+			inject_off(&self->in);
+			EXPECT_TRUE(sig == 0 || sig == SIGBUS);
+			if (!sig) {
+				EXPECT_EQ(0xcd, val);
+			}
+		}
+		if (err) {
+			ASSERT_EQ(0, kdp_source(self->vm, 1, fd, 0, &(struct kdp_range){ 3, 9 }, 1));
+		}
+		EXPECT_EQ(0, touch_read(self->s.guest + 6 * PAGE, &val));
+		EXPECT_EQ(0xcd, val);
+		/* The failure, if there was one, is told. */
+		while (event_pending(self->vm, 0)) {
+			EXPECT_EQ(KDP_EVENT_SOURCE_ERROR, event_read(_metadata, self->vm).type);
+		}
+	}
+}
+
+TEST_F(inject, source)
+{
+	int fd = memfd_shmem(PAGES);
+	unsigned char page[PAGE];
+
+	memset(page, 0xcd, PAGE);
+	for (int i = 0; i < PAGES; i++)
+		ASSERT_EQ(PAGE, pwrite(fd, page, PAGE, i * PAGE));
+	touch_sourced(_metadata, self, fd);
+}
+
 /* Who is to wait, and cannot be made to: gets an error, never a page that nobody placed. */
 TEST_F(inject, wait)
 {

@@ -96,6 +96,24 @@ static inline int kdp_collapse(int vm, __u32 id, __u64 first, __u64 count, struc
 	return kdp_ioctl(vm, KDP_COLLAPSE, arg);
 }
 
+/* The file of absent pages: all of them if there are no ranges. */
+static inline int kdp_source(int vm, __u32 id, int fd, __u64 offset, const struct kdp_range *ranges,
+			     __u32 nr)
+{
+	struct kdp_source arg = KDP_ARG(kdp_source, .slot_id = id, .fd = fd, .offset = offset,
+					.ranges = (uintptr_t)ranges, .nr_ranges = nr);
+
+	return kdp_ioctl(vm, KDP_SOURCE, &arg);
+}
+
+static inline int kdp_source_add(int vm, __u32 id, const struct kdp_range *ranges, __u32 nr)
+{
+	struct kdp_source arg = KDP_ARG(kdp_source, .flags = KDP_SOURCE_ADD, .slot_id = id, .fd = -1,
+					.ranges = (uintptr_t)ranges, .nr_ranges = nr);
+
+	return kdp_ioctl(vm, KDP_SOURCE, &arg);
+}
+
 struct marked {
 	int err;
 	__u32 done;

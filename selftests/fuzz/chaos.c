@@ -27,6 +27,7 @@ static const int *own_errs(unsigned long cmd)
 	static const int mark[] = { ENOENT, ENXIO, EINTR, 0 };
 	static const int exits[] = { EBUSY, ENOSPC, 0 };
 	static const int paging[] = { ENOENT, EINTR, 0 };
+	static const int source[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, 0 };
 	static const int none[] = { 0 };
 
 	switch (cmd) {
@@ -39,6 +40,8 @@ static const int *own_errs(unsigned long cmd)
 	case KDP_PAGING:
 	case KDP_COLLAPSE:
 		return paging;
+	case KDP_SOURCE:
+		return source;
 	case KDP_VCPU_EXITS:
 		return exits;
 	case KDP_INFO:
@@ -159,6 +162,28 @@ static void chaos_mark(struct task *t, int vm, bool unsure)
 	call(t, vm, unsure, KDP_MARK, &a);
 }
 
+/* The memfd is a source like any other file. */
+static void chaos_source(struct task *t, int vm, bool unsure)
+{
+	struct kdp_range ranges[4];
+	struct kdp_source a = KDP_ARG(kdp_source, .slot_id = chaos_id(t),
+				      .fd = t->sh->chaos_memfd[pick(&t->r, 3)],
+				      .offset = pick(&t->r, 64) * PAGE, .ranges = (uintptr_t)ranges,
+				      .nr_ranges = pick(&t->r, 5));
+
+	for (int i = 0; i < 4; i++)
+		ranges[i] = (struct kdp_range){ pick(&t->r, 128), 1 + pick(&t->r, 16) };
+	if (chance(&t->r, 40)) {
+		a.flags = KDP_SOURCE_ADD;
+		a.fd = -1;
+		a.offset = 0;
+	} else if (chance(&t->r, 10)) {
+		a.fd = -1;
+	}
+	spoil(t, &a, sizeof(a), offsetof(struct kdp_source, slot_id));
+	call(t, vm, unsure, KDP_SOURCE, &a);
+}
+
 static void chaos_simple(struct task *t, int vm, bool unsure)
 {
 	struct kdp_paging paging = KDP_ARG(kdp_paging, .slot_id = chaos_id(t), .mode = pick(&t->r, 3));
@@ -208,10 +233,13 @@ static void chaos_read(struct task *t, int vm)
 	if (got < 0 && errno != EAGAIN && errno != EINTR)
 		concurrent_fail(t->sh, &t->log, "read: %s", strerror(errno));
 	for (ssize_t i = 0; i < got / (ssize_t)sizeof(ev[0]); i++) {
-		if (ev[i].type != KDP_EVENT_ABSENT || !ev[i].deliveries || ev[i].__reserved)
+		bool absent = ev[i].type == KDP_EVENT_ABSENT;
+
+		if ((!absent && ev[i].type != KDP_EVENT_SOURCE_ERROR) || !ev[i].deliveries ||
+		    !ev[i].error != absent || ev[i].__reserved)
 			concurrent_fail(t->sh, &t->log, "an event of type %u", ev[i].type);
 		/* Those of checked memslots are for their owners, who resolve everything in time. */
-		if (ev[i].slot_id >= CHAOS_ID)
+		if (absent && ev[i].slot_id >= CHAOS_ID)
 			kdp_mark(vm, ev[i].slot_id, KDP_STATE_PRESENT, ev[i].page, 1);
 	}
 }
@@ -236,7 +264,7 @@ static void table_op(struct task *t)
 	if (!atomic_exchange(&table_ready, true))
 		for (int i = 0; i < 8; i++)
 			table[i] = -1;
-	switch (pick(&t->r, 6)) {
+	switch (pick(&t->r, 7)) {
 	case 0:
 		table_replace(t);
 		break;
@@ -249,6 +277,9 @@ static void table_op(struct task *t)
 	case 3:
 		chaos_mark(t, table_fd(t), true);
 		break;
+	case 4:
+		chaos_source(t, table_fd(t), true);
+		break;
 	default:
 		chaos_simple(t, table_fd(t), true);
 	}
@@ -258,7 +289,7 @@ void chaos_op(struct task *t)
 {
 	int vm = t->sh->vm[pick(&t->r, NR_VMS)];
 
-	switch (pick(&t->r, 12)) {
+	switch (pick(&t->r, 13)) {
 	case 0:
 	case 1:
 		chaos_create(t, vm, false, true);
@@ -280,6 +311,9 @@ void chaos_op(struct task *t)
 		break;
 	case 9:
 		chaos_read(t, vm);
+		break;
+	case 10:
+		chaos_source(t, vm, false);
 		break;
 	default:
 		table_op(t);

@@ -336,12 +336,12 @@ static void op_junk(struct model *m)
 
 	for (size_t i = 0; i < ARRAY_SIZE(junk); i++)
 		junk[i] = nasty(&m->r);
-	cmd = chance(&m->r, 50) ? _IO(KDP_IOC_TYPE, 0x88 + pick(&m->r, 0x78)) :
-		_IOWR(KDP_IOC_TYPE, 0x80 + pick(&m->r, 8), struct kdp_mark);
+	cmd = chance(&m->r, 50) ? _IO(KDP_IOC_TYPE, 0x89 + pick(&m->r, 0x77)) :
+		_IOWR(KDP_IOC_TYPE, 0x80 + pick(&m->r, 9), struct kdp_mark);
 	log_op(&m->log, "junk", vm, cmd, 0, 0, 0);
 	if (kdp_ioctl(m->vm[vm], cmd, junk) != ENOTTY)
 		model_fail(m, "an unknown ioctl %#x: %s", cmd, strerror(errno));
-	if (s && kdp_ioctl(s->fd, _IO(KDP_IOC_TYPE, 0x80 + pick(&m->r, 8)), junk) != ENOTTY)
+	if (s && kdp_ioctl(s->fd, _IO(KDP_IOC_TYPE, 0x80 + pick(&m->r, 9)), junk) != ENOTTY)
 		model_fail(m, "an ioctl on a memslot: %s", strerror(errno));
 }
 

@@ -115,6 +115,8 @@ struct kdp_info {
 #define KDP_FEATURE_ZERO	(1ULL << 3)
 /* KDP_COLLAPSE. */
 #define KDP_FEATURE_COLLAPSE	(1ULL << 4)
+/* KDP_SOURCE. */
+#define KDP_FEATURE_SOURCE	(1ULL << 5)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -426,6 +428,66 @@ struct kdp_collapse {
 };
 #define KDP_COLLAPSE	_IO(KDP_IOC_TYPE, 0x87)
 
+/**
+ * struct kdp_source - ioctl(KDP_SOURCE)
+ * @size: sizeof(struct kdp_source)
+ * @flags: KDP_SOURCE_* flags
+ * @slot_id: the memslot
+ * @fd: a file on a filesystem or a block device, open for reading; -1 with
+ *      KDP_SOURCE_ADD, and to have no source any more
+ * @offset: where in the file page 0 of the memslot is, in bytes, a multiple of
+ *          4096; 0 without a file
+ * @ranges: address of an array of struct kdp_range: the pages that the file
+ *          has; 0 if it has all
+ * @nr_ranges: its length, up to max_ranges; 0 for all pages
+ * @__reserved: must be 0
+ *
+ * Name a file that has the bytes of absent pages. Who touches such a page, be it
+ * a vCPU with exits on, has it read in the fault: there is neither an exit nor
+ * an event, and no handler is needed. Who goes through its memory in order has
+ * the pages ahead read in the background, up to whole blocks.
+ *
+ * A page has a source from this call on until it leaves the state absent; one
+ * that KDP_MARK makes absent afterwards has none, for its bytes are elsewhere.
+ * KDP_PAGING takes the source away. A second call replaces the first one.
+ *
+ * The file must not change as long as it is the source. It is read through the
+ * page cache, where it has one. The bits of pages that have a source must not be
+ * set by hand; KDP_MARK may be used.
+ *
+ * If a page cannot be read, or the file ends before the page does, the toucher
+ * gets SIGBUS (a vCPU with exits on: an exit with KDP_EXIT_SOURCE_ERROR) and
+ * there is an event of type KDP_EVENT_SOURCE_ERROR. The page stays absent, and
+ * is read anew at the next touch.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EBADF: fd is neither an open fd nor -1.
+ *  - EACCES: the file is not open for reading.
+ *  - EINVAL: the file is neither a regular file nor a block device, or cannot be
+ *    read at an offset; offset is not a multiple of 4096, runs past the largest
+ *    file there can be, or is not 0 without a file; ranges without a file, but
+ *    for KDP_SOURCE_ADD; KDP_SOURCE_ADD without ranges or with a file; nr_ranges
+ *    is above max_ranges; a range is empty, overflows or runs past the memslot's
+ *    end.
+ *  - ENXIO: the memslot has demand paging off; KDP_SOURCE_ADD: it has no source.
+ *  - ENOMEM: with KDP_SOURCE_ADD, some of the ranges may have been added.
+ */
+struct kdp_source {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__s32 fd;
+	__u64 offset;
+	__aligned_u64 ranges;
+	__u32 nr_ranges;
+	__u32 __reserved;
+};
+#define KDP_SOURCE	_IO(KDP_IOC_TYPE, 0x88)
+
+/* Keep the source, and add ranges to what its file has. */
+#define KDP_SOURCE_ADD	(1U << 0)
+
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and
  * KDP_EXIT_WRITE if the guest wrote.
@@ -434,11 +496,16 @@ struct kdp_collapse {
 #define KDP_EXIT_NO_MEMORY	(1ULL << 33)	/* it cannot be pinned: no memory,
 						 * or RLIMIT_MEMLOCK is reached
 						 */
+#define KDP_EXIT_SOURCE_ERROR	(1ULL << 34)	/* its source cannot be read */
+#define KDP_EXIT_RETRY		(1ULL << 35)	/* it was there, and was unmapped at that
+						 * very moment: enter KVM_RUN again,
+						 * nothing else is to be done
+						 */
 #define KDP_EXIT_WRITE		(1ULL << 40)
 
 /**
  * struct kdp_event - what read(2) on the VM's fd returns
- * @type: KDP_EVENT_ABSENT
+ * @type: KDP_EVENT_ABSENT or KDP_EVENT_SOURCE_ERROR
  * @slot_id: the memslot
  * @page: the page, by its index in the memslot
  * @gfn: the page, by its guest frame number
@@ -448,9 +515,10 @@ struct kdp_collapse {
  *           interrupted or have died since an earlier delivery
  * @deliveries: how often this event has been read, this time included: above 1
  *              an earlier reader may have begun on it
+ * @error: KDP_EVENT_SOURCE_ERROR: the errno value, positive; else 0
  * @__reserved: 0
  *
- * Somebody waits for an absent page. There is one event per page, however many
+ * KDP_EVENT_ABSENT: somebody waits for an absent page. There is one event per page, however many
  * wait; mark the page present (or zero) to let them go on.
  *
  * read(2) returns as many whole events as there are and fit, at least one. It
@@ -462,6 +530,11 @@ struct kdp_collapse {
  * process that read it has closed the VM's fd or has died. An event that nobody
  * has read is gone when nobody waits for the page any more; one that was read
  * stays until the page is resolved. A page that is present is never reported.
+ *
+ * KDP_EVENT_SOURCE_ERROR: a page could not be read from its source (KDP_SOURCE),
+ * and the toucher was told so. Nobody waits, nothing is to be resolved, and it is
+ * delivered once; @waiters is 0. While 64 of them are unread, no more are kept:
+ * the counter source-errors in fdinfo counts them all.
  *
  * When the last fd of the VM is closed, nobody can resolve events: waiters get
  * SIGBUS, and absent pages stay inaccessible for ever.
@@ -475,10 +548,12 @@ struct kdp_event {
 	__s32 tid;
 	__u32 waiters;
 	__u32 deliveries;
-	__u64 __reserved;
+	__s32 error;
+	__u32 __reserved;
 };
 
 #define KDP_EVENT_ABSENT	1
+#define KDP_EVENT_SOURCE_ERROR	2
 
 #define KDP_ACCESS_WRITE	(1U << 0)	/* else a read or an execution */
 #define KDP_ACCESS_EXEC		(1U << 1)

@@ -112,7 +112,7 @@ impl Vm {
                     self.fill_zero();
                     continue;
                 }
-                State::Absent | State::Removed => (),
+                State::Absent | State::Sourced | State::Removed => (),
             }
             if self.closed.load(Relaxed) {
                 return Touched::Failed;

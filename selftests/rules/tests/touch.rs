@@ -4,7 +4,13 @@
 
 use kdp_rules::rules::touch::{decide, State, Toucher, Verdict};
 
-const STATES: [State; 4] = [State::Present, State::Zero, State::Absent, State::Removed];
+const STATES: [State; 5] = [
+    State::Present,
+    State::Zero,
+    State::Sourced,
+    State::Absent,
+    State::Removed,
+];
 
 struct Case {
     state: State,
@@ -38,6 +44,10 @@ const TABLE: &[(State, &str, Verdict)] = &[
     (State::Present, "* * * *", Verdict::Map),
     (State::Zero, "* * * *", Verdict::FillZero),
     (State::Removed, "* * * *", Verdict::Fail),
+    // Served or not, exits or not: nobody is asked.
+    (State::Sourced, "* * r *", Verdict::Fail),
+    (State::Sourced, "* * R N", Verdict::Retry),
+    (State::Sourced, "* * R n", Verdict::Fetch),
     (State::Absent, "s * * *", Verdict::Fail),
     (State::Absent, "S E * *", Verdict::Exit),
     (State::Absent, "S e r *", Verdict::Fail),
@@ -70,7 +80,7 @@ fn the_table_of_the_design() {
         assert_eq!(case.verdict, *verdict, "{state:?} {columns}");
         cases += 1;
     }
-    assert_eq!(cases, 64);
+    assert_eq!(cases, 80);
 }
 
 /// Invariant 6: fail closed.
@@ -96,6 +106,15 @@ fn only_a_present_page_is_mapped_and_only_a_zero_page_filled() {
     }
 }
 
+/// Its bytes are in the file, and nowhere else.
+#[test]
+fn only_a_sourced_page_is_fetched() {
+    for case in every_case() {
+        let fetched = case.verdict == Verdict::Fetch;
+        assert!(!fetched || case.state == State::Sourced, "{:?}", case.who);
+    }
+}
+
 #[test]
 fn a_removed_page_fails() {
     for case in every_case().filter(|case| case.state == State::Removed) {
@@ -117,6 +136,7 @@ fn who_must_not_sleep_does_not() {
     for case in every_case() {
         if case.who.no_wait || !case.who.may_retry {
             assert_ne!(case.verdict, Verdict::Wait, "{:?}", case.who);
+            assert_ne!(case.verdict, Verdict::Fetch, "{:?}", case.who);
         }
         if !case.who.may_retry {
             assert_ne!(case.verdict, Verdict::Retry, "{:?}", case.who);

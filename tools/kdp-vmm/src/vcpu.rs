@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_demand_paging::abi;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
 
@@ -61,6 +62,13 @@ pub enum Stop {
     Fault(MemoryFault),
     /// A signal came, or [`Vcpu::set_immediate_exit`] was on.
     Interrupted,
+}
+
+impl MemoryFault {
+    /// Nothing is to be done but to run again.
+    fn is_retry(&self) -> bool {
+        self.flags & abi::KDP_EXIT_RETRY != 0
+    }
 }
 
 impl Vcpu {
@@ -155,6 +163,15 @@ impl Vcpu {
     /// Run the guest until it stops.
     #[inline]
     pub fn run(&mut self) -> Result<Stop> {
+        loop {
+            match self.run_once()? {
+                Stop::Fault(fault) if fault.is_retry() => {}
+                stop => return Ok(stop),
+            }
+        }
+    }
+
+    fn run_once(&mut self) -> Result<Stop> {
         let what = match self.fd.run() {
             // KVM_RUN's own return value is then -1 with errno EFAULT; kvm-ioctls has looked at exit_reason.
             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {

@@ -53,9 +53,22 @@ impl Access {
     }
 }
 
-/// Somebody waits for an absent page. Make it present (or zero) by [`Vm::mark`] to let them go on.
+/// What an event tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// Somebody waits for an absent page. Make it present (or zero) by [`Vm::mark`] to let them go on.
+    Absent,
+    /// A page could not be read from its source ([`Vm::set_source`]), for this errno, and who touched it was told
+    /// so. Nobody waits.
+    SourceError(i32),
+}
+
+/// A touch of a page that userspace is told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
+    /// What it tells.
+    pub kind: EventKind,
     /// The memslot.
     pub slot_id: u32,
     /// The page, by its index in the memslot.
@@ -78,7 +91,13 @@ impl Event {
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut event = abi::kdp_event::default();
         event.as_mut_slice().copy_from_slice(bytes);
-        (event.type_ == abi::KDP_EVENT_ABSENT).then(|| Self {
+        let kind = match event.type_ {
+            abi::KDP_EVENT_ABSENT => EventKind::Absent,
+            abi::KDP_EVENT_SOURCE_ERROR => EventKind::SourceError(event.error),
+            _ => return None,
+        };
+        Some(Self {
+            kind,
             slot_id: event.slot_id,
             page: event.page,
             gfn: event.gfn,
@@ -147,6 +166,7 @@ mod tests {
         assert_eq!(
             event,
             Some(Event {
+                kind: EventKind::Absent,
                 slot_id: 3,
                 page: 5,
                 gfn: 0x105,
@@ -175,5 +195,12 @@ mod tests {
             ..raw(0, 0)
         };
         assert_eq!(Event::decode(unknown.as_slice()), None);
+        let failed = abi::kdp_event {
+            type_: abi::KDP_EVENT_SOURCE_ERROR,
+            error: 5,
+            ..raw(0, 0)
+        };
+        let kind = Event::decode(failed.as_slice()).map(|event| event.kind);
+        assert_eq!(kind, Some(EventKind::SourceError(5)));
     }
 }

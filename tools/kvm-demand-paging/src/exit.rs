@@ -10,6 +10,10 @@ pub enum Reason {
     Absent,
     /// The page cannot be pinned: no memory, or RLIMIT_MEMLOCK is reached.
     NoMemory,
+    /// Its source ([`Vm::set_source`](crate::Vm::set_source)) cannot be read.
+    SourceError,
+    /// It was there, and was unmapped at that very moment: enter KVM_RUN again, nothing else is to be done.
+    Retry,
     /// A reason of a newer module that this crate does not know: the bits 32 to 63 of the flags.
     Unknown(u64),
 }
@@ -46,6 +50,8 @@ impl FaultExit {
         let reason = match flags & !abi::KDP_EXIT_WRITE {
             abi::KDP_EXIT_ABSENT => Reason::Absent,
             abi::KDP_EXIT_NO_MEMORY => Reason::NoMemory,
+            abi::KDP_EXIT_SOURCE_ERROR => Reason::SourceError,
+            abi::KDP_EXIT_RETRY => Reason::Retry,
             0 => return None,
             other => Reason::Unknown(other),
         };
@@ -67,7 +73,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const KNOWN: u64 = abi::KDP_EXIT_ABSENT | abi::KDP_EXIT_NO_MEMORY | abi::KDP_EXIT_WRITE;
+    const KNOWN: u64 = abi::KDP_EXIT_ABSENT
+        | abi::KDP_EXIT_NO_MEMORY
+        | abi::KDP_EXIT_SOURCE_ERROR
+        | abi::KDP_EXIT_RETRY
+        | abi::KDP_EXIT_WRITE;
 
     #[test]
     fn reasons() {
@@ -78,7 +88,9 @@ mod tests {
             decode(abi::KDP_EXIT_NO_MEMORY | abi::KDP_EXIT_WRITE),
             Some((Reason::NoMemory, true))
         );
-        assert_eq!(decode(1 << 34), Some((Reason::Unknown(1 << 34), false)));
+        assert_eq!(decode(1 << 34), Some((Reason::SourceError, false)));
+        assert_eq!(decode(1 << 35), Some((Reason::Retry, false)));
+        assert_eq!(decode(1 << 36), Some((Reason::Unknown(1 << 36), false)));
         // Never taken for a reason that is known.
         let both = abi::KDP_EXIT_ABSENT | abi::KDP_EXIT_NO_MEMORY;
         assert_eq!(decode(both), Some((Reason::Unknown(both), false)));

@@ -74,7 +74,7 @@ pub mod abi {
 
 pub use bitmap::PresentBitmap;
 pub use error::Error;
-pub use event::{Access, Event, Events, Who};
+pub use event::{Access, Event, EventKind, Events, Who};
 pub use exit::{FaultExit, Reason};
 pub use map::{AliasMap, GuestMap};
 pub use memfd::{Backing, Memfd, Seals};

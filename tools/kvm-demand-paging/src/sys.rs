@@ -48,6 +48,7 @@ commands! {
     KDP_MARK kdp_mark
     KDP_VCPU_EXITS kdp_vcpu_exits
     KDP_COLLAPSE kdp_collapse
+    KDP_SOURCE kdp_source
 }
 
 struct Call<'a, T>(&'a mut T);

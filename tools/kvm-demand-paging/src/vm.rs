@@ -13,7 +13,7 @@ use rustix::{
     fs::{fcntl_getfl, fcntl_setfl, open, Mode, OFlags},
     io::{read, Errno},
 };
-use std::time::Duration;
+use std::{os::fd::AsRawFd, time::Duration};
 
 /// The most events that one read returns.
 const EVENTS_PER_READ: usize = 64;
@@ -41,6 +41,11 @@ impl Features {
     /// Pages may be made [`State::Zero`].
     pub fn zero(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_ZERO) != 0
+    }
+
+    /// [`Vm::set_source`] works.
+    pub fn source(self) -> bool {
+        self.0 & u64::from(abi::KDP_FEATURE_SOURCE) != 0
     }
 
     /// [`Vm::collapse`] works.
@@ -319,6 +324,78 @@ impl Vm {
             incomplete: argument.incomplete,
             small: argument.small,
             missing: (argument.missing != u64::MAX).then_some(argument.missing),
+        })
+    }
+
+    /// Name a file that has the bytes of absent pages, from `offset` (a multiple of 4096 bytes) on: all of them, or
+    /// those in `ranges`. Who touches one has it read by the kernel, with neither an exit nor an event.
+    ///
+    /// The file must not change. A page that is made absent afterwards is not read from it; to fill one by hand, make
+    /// it absent first. What was the source before no longer is.
+    pub fn set_source(
+        &self,
+        slot_id: u32,
+        file: impl AsFd,
+        offset: u64,
+        ranges: Option<&[PageRange]>,
+    ) -> Result<()> {
+        let max = self.info()?.max_ranges.max(1) as usize;
+        let (first, rest) = match ranges {
+            None => (&[][..], &[][..]),
+            // A source that has no page is none.
+            Some([]) => return self.clear_source(slot_id),
+            Some(ranges) => ranges.split_at(ranges.len().min(max)),
+        };
+        self.source(slot_id, file.as_fd().as_raw_fd(), offset, 0, first)?;
+        self.add_source_ranges(slot_id, rest)
+    }
+
+    /// The source has these pages, too.
+    pub fn add_source_ranges(&self, slot_id: u32, ranges: &[PageRange]) -> Result<()> {
+        let max = self.info()?.max_ranges.max(1) as usize;
+        ranges
+            .chunks(max)
+            .try_for_each(|part| self.source(slot_id, -1, 0, abi::KDP_SOURCE_ADD, part))
+    }
+
+    /// Absent pages are no longer read from a file.
+    pub fn clear_source(&self, slot_id: u32) -> Result<()> {
+        self.source(slot_id, -1, 0, 0, &[])
+    }
+
+    fn source(
+        &self,
+        slot_id: u32,
+        fd: i32,
+        offset: u64,
+        flags: u32,
+        ranges: &[PageRange],
+    ) -> Result<()> {
+        let mut argument = abi::kdp_source {
+            flags,
+            slot_id,
+            fd,
+            offset,
+            ranges: ranges.as_ptr() as u64,
+            nr_ranges: u32::try_from(ranges.len()).unwrap_or(u32::MAX),
+            ..Command::sized()
+        };
+        // `PageRange` has the layout of `struct kdp_range`, and the call only reads the ranges.
+        sys::call(self, &mut argument).map_err(|errno| {
+            let hint = match errno {
+                Errno::NOENT => Some("the VM has no such memslot"),
+                Errno::ACCESS => Some("open the file for reading"),
+                Errno::NXIO if flags != 0 => Some("the memslot has no source to add to"),
+                Errno::NXIO => Some("demand paging of this memslot is off: switch it on first"),
+                Errno::INVAL => Some(
+                    "the file must be a regular file or a block device, the offset a multiple of 4096, and no range \
+                     empty or past the memslot's end",
+                ),
+                Errno::NOTTY => Some("the module is older than this program: insert a newer one"),
+                _ => None,
+            };
+            let argument = format!("memslot {slot_id}, offset {offset}, {} ranges", ranges.len());
+            Error::sys("KDP_SOURCE", argument, errno).advise(hint.map(str::to_owned))
         })
     }
 

@@ -24,6 +24,7 @@ mod notify;
 mod notify_killed;
 mod place;
 mod scale;
+mod source;
 mod vcpu;
 mod vcpu_stress;
 
@@ -46,6 +47,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         huge::TESTS,
         collapse::TESTS,
         scale::TESTS,
+        source::TESTS,
         limit::TESTS,
     ]
     .into_iter()

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     coalesce,
     source::{Content, PageSource},
-    Event, Marked, PageRange, Result, State, Vm,
+    Event, EventKind, Marked, PageRange, Result, State, Vm,
 };
 use rustix::io::Errno;
 use std::{
@@ -120,6 +120,16 @@ impl<M: Marks> Engine<M> {
         let mut batch = Batch::default();
         let mut ask = Vec::new();
         for event in events {
+            if let EventKind::SourceError(errno) = event.kind {
+                // Who touched the page knows; there is nobody to answer.
+                tracing::warn!(
+                    "page {} of memslot {} cannot be read from its source in the kernel: {}",
+                    event.page,
+                    event.slot_id,
+                    std::io::Error::from_raw_os_error(errno)
+                );
+                continue;
+            }
             add(&self.stats.events, 1);
             if event.deliveries > 1 {
                 add(&self.stats.redelivered, 1);

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     source::{Client, Content, Counters, FileSource, Options, PageFile, PageSource, Server},
-    Access, AliasMap, Event, Marked, PageRange, Result, State, Who, PAGE_SIZE,
+    Access, AliasMap, Event, EventKind, Marked, PageRange, Result, State, Who, PAGE_SIZE,
 };
 use std::{
     collections::BTreeMap,
@@ -58,6 +58,7 @@ impl Engine<Notes> {
 
 fn event(page: u64) -> Event {
     Event {
+        kind: EventKind::Absent,
         slot_id: 0,
         page,
         gfn: page,

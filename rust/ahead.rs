@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reading ahead: while somebody goes through a memslot in order, the pages in front are filled in the
+//! background, so that whole blocks are there before they are touched, and are mapped by one entry.
+//!
+//! It never delays who waits: the touch itself reads its page and no other, and goes on.
+//!
+//! # Locks
+//!
+//! As a fault takes them, without the mapping's: `pages` for reading around each page, none while a device
+//! works; `changes` for a moment, when a block may have become whole.
+
+use crate::{
+    ffi::{
+        trace,
+        work, //
+    },
+    memslot::Memslot,
+    pages::Pages,
+    rules::{
+        collapse::BLOCK_PAGES,
+        touch::State, //
+    },
+    source::{
+        Bite,
+        Filled,
+        Source,
+        Unfilled, //
+    }, //
+};
+use kernel::{
+    sync::{
+        Arc,
+        ArcBorrow, //
+    },
+    workqueue::WorkItem, //
+};
+
+/// Pages that are filled in a row before others have their turn.
+const BITE: u64 = 64;
+
+/// A fault was served in a memslot that may have a source: has more read, if its thread goes on in order.
+#[inline]
+pub(crate) fn consider(slot: ArcBorrow<'_, Memslot>, pages: &Pages, page: u64) {
+    let Some(source) = pages.source() else {
+        return;
+    };
+    if source.touched(page, slot.place.nr_pages) {
+        work::enqueue(Arc::from(slot));
+    }
+}
+
+impl WorkItem for Memslot {
+    type Pointer = Arc<Memslot>;
+
+    fn run(slot: Arc<Memslot>) {
+        let mut turn = 0;
+        loop {
+            let source = slot.pages.read().source().cloned();
+            let Some(source) = source else { return };
+            let Some(bite) = source.bite(turn, BITE) else {
+                return;
+            };
+            turn = bite.next_turn();
+            if !read(&slot, &source, &bite) {
+                source.give_up(&bite);
+            }
+            work::yield_now();
+        }
+    }
+}
+
+/// Fills what is absent in a bite; says whether it makes sense to go on behind it.
+fn read(slot: &Memslot, source: &Arc<Source>, bite: &Bite) -> bool {
+    let mut page = bite.first;
+    let mut announced = false;
+    let mut filled = 0;
+    let done = loop {
+        let pages = slot.pages.read();
+        if !pages.source().is_some_and(|now| Arc::ptr_eq(now, source)) {
+            break false;
+        }
+        while page < bite.end {
+            if pages.state(page) == State::Sourced {
+                match source.fill(slot, &pages, page) {
+                    Ok(Filled::Now) => filled += 1,
+                    Ok(Filled::Already) => (),
+                    Ok(Filled::NotCached) => break,
+                    // Whoever touches the page is told.
+                    Err(Unfilled::NoMemory | Unfilled::Unread(_)) => return false,
+                }
+            }
+            page += 1;
+        }
+        drop(pages);
+        if page >= bite.end {
+            break true;
+        }
+        if !announced {
+            source.announce(page, bite.end - page);
+            announced = true;
+        }
+        if source.fetch(slot, page).is_err() {
+            break false;
+        }
+    };
+    slot.stats.source_ahead().add(filled);
+    trace::source(slot.place.id, bite.first, page - bite.first, 0);
+    // Only the last bite of a block can have made it whole.
+    if filled > 0 && bite.end % BLOCK_PAGES == 0 {
+        if let Some(range) = slot.range(bite.first, bite.end - bite.first) {
+            slot.collapse_read(range);
+        }
+    }
+    done
+}

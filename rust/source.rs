@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A source: a file that has the bytes of absent pages, which are read from it in the fault.
+//!
+//! What the page cache has is copied under the fault's own lock, as the kernel's own file mappings do
+//! (filemap_map_pages() in mm/filemap.c). Anything else is read without a lock, into the page cache, and the
+//! fault is retried; a file without a page cache is read into a page of ours first. So no lock of ours or of the
+//! mapping's is held while a device works.
+//!
+//! # Locks
+//!
+//! A page is filled under the memslot's `pages` lock for reading and, inside it, the page's own bit lock: one
+//! thread fills it, and nobody makes it present or absent meanwhile. KDP_MARK has the lock for writing for that.
+//! The observers' spinlocks are innermost.
+
+use crate::{
+    ffi::{
+        bit_lock::BitLocks,
+        memfd::Pfn,
+        source_file::{
+            Fetched,
+            SourceFile, //
+        },
+        task::current_number,
+        trace, //
+    },
+    memslot::Memslot,
+    pages::Pages,
+    rules::{
+        stream::Streams,
+        touch::State, //
+    }, //
+};
+use core::ptr;
+use kernel::{
+    new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        Arc,
+        SpinLock, //
+    }, //
+};
+
+/// Threads share an observer by their number: each should have one of its own.
+const OBSERVERS: usize = 32;
+
+/// What is known of the threads that share it.
+struct Observer {
+    streams: Streams,
+    /// Pages to be read ahead, first and one past the last.
+    ahead: Option<(u64, u64)>,
+    /// The last failure, until its thread comes back for it.
+    failed: Option<Failure>,
+}
+
+struct Failure {
+    thread: usize,
+    page: u64,
+    error: Error,
+}
+
+/// The source of a memslot.
+#[pin_data]
+pub(crate) struct Source {
+    file: SourceFile,
+    /// Where the memslot begins in the file, in pages.
+    offset: u64,
+    filling: BitLocks,
+    #[pin]
+    observers: [SpinLock<Observer>; OBSERVERS],
+}
+
+/// What came of filling a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filled {
+    /// It is present now.
+    Now,
+    /// Another thread was faster; or the page is no longer the source's.
+    Already,
+    /// The page cache does not have it.
+    NotCached,
+}
+
+/// Why a page was not filled.
+pub(crate) enum Unfilled {
+    /// It cannot be pinned.
+    NoMemory,
+    /// It cannot be read.
+    Unread(Error),
+}
+
+/// Part of what is to be read ahead, and who asked for it.
+pub(crate) struct Bite {
+    observer: usize,
+    pub(crate) first: u64,
+    pub(crate) end: u64,
+}
+
+impl Source {
+    /// Checks where the memslot, of `nr_pages` pages, is in the file; the errors are those of KDP_SOURCE.
+    pub(crate) fn new(file: SourceFile, offset_bytes: u64, nr_pages: u64) -> Result<Arc<Self>> {
+        let end = offset_bytes
+            .checked_add(nr_pages << PAGE_SHIFT)
+            .ok_or(EINVAL)?;
+        if offset_bytes % (1 << PAGE_SHIFT) != 0 || i64::try_from(end).is_err() {
+            return Err(EINVAL);
+        }
+        let observer = |_| {
+            new_spinlock!(
+                Observer {
+                    streams: Streams::default(),
+                    ahead: None,
+                    failed: None,
+                },
+                "kdp_observer"
+            )
+        };
+        let filling = BitLocks::new()?;
+        Arc::pin_init(
+            pin_init!(Self {
+                file,
+                offset: offset_bytes >> PAGE_SHIFT,
+                filling,
+                observers <- pin_init::pin_init_array_from_fn(observer),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    fn index(&self, page: u64) -> u64 {
+        self.offset + page
+    }
+
+    fn observer(&self) -> &SpinLock<Observer> {
+        &self.observers[current_number() % OBSERVERS]
+    }
+
+    /// Fills a page that was found in the state "sourced", if the page cache has it.
+    #[inline]
+    pub(crate) fn fill(
+        &self,
+        slot: &Memslot,
+        pages: &Pages,
+        page: u64,
+    ) -> Result<Filled, Unfilled> {
+        self.fill_with(slot, pages, page, None)
+    }
+
+    fn fill_with(
+        &self,
+        slot: &Memslot,
+        pages: &Pages,
+        page: u64,
+        fetched: Option<&Fetched>,
+    ) -> Result<Filled, Unfilled> {
+        let _filling = self.filling.lock(page);
+        if pages.state(page) != State::Sourced {
+            return Ok(Filled::Already);
+        }
+        let no_memory = |_| Unfilled::NoMemory;
+        let frame: Pfn<'_> = slot.backing.frame(pages, page).map_err(no_memory)?;
+        match fetched {
+            Some(Fetched::Hole) => frame.zero(),
+            Some(Fetched::Bytes(bytes)) => frame.fill(bytes),
+            Some(Fetched::Cached) | None => {
+                let index = self.index(page);
+                if !self.file.copy(index, frame).map_err(Unfilled::Unread)? {
+                    return Ok(Filled::NotCached);
+                }
+            }
+        }
+        pages.filled(page).map_err(no_memory)?;
+        Ok(Filled::Now)
+    }
+
+    /// Reads a page, so that the next look finds it, in the page cache if not present. No lock is held.
+    pub(crate) fn fetch(&self, slot: &Memslot, page: u64) -> Result {
+        let fetched = match self.file.fetch(self.index(page)) {
+            Ok(Fetched::Cached) => return Ok(()),
+            Ok(fetched) => fetched,
+            Err(e) => return Err(e),
+        };
+        let pages = slot.pages.read();
+        if !pages.source().is_some_and(|now| ptr::eq(&**now, self)) {
+            return Ok(());
+        }
+        match self.fill_with(slot, &pages, page, Some(&fetched)) {
+            Ok(Filled::Now) => {
+                slot.stats.source_reads().add(1);
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(Unfilled::NoMemory) => Err(ENOMEM),
+            Err(Unfilled::Unread(e)) => Err(e),
+        }
+    }
+
+    /// As `fetch()`, for a touch that is going to be retried: a failure is kept for it.
+    pub(crate) fn fetch_for_touch(&self, slot: &Memslot, page: u64) {
+        let fetched = self.fetch(slot, page);
+        trace::source(
+            slot.place.id,
+            page,
+            1,
+            fetched.map_or_else(Error::to_errno, |()| 0),
+        );
+        match fetched {
+            Err(error) if error != EINTR => {
+                self.observer().lock().failed = Some(Failure {
+                    thread: current_number(),
+                    page,
+                    error,
+                });
+            }
+            _ => (),
+        }
+    }
+
+    /// How the current thread's last attempt to read the page failed, once.
+    pub(crate) fn failure(&self, page: u64) -> Option<Error> {
+        let mut observer = self.observer().lock();
+        let thread = current_number();
+        let ours = observer
+            .failed
+            .take_if(|failed| failed.thread == thread && failed.page == page);
+        ours.map(|failed| failed.error)
+    }
+
+    /// The current thread has touched a page; says whether there is something to read ahead now.
+    #[inline]
+    pub(crate) fn touched(&self, page: u64, limit: u64) -> bool {
+        let mut observer = self.observer().lock();
+        let Some((first, end)) = observer.streams.touched(page, limit) else {
+            return false;
+        };
+        let start = match observer.ahead {
+            Some((start, until)) if until == first => start,
+            _ => first,
+        };
+        observer.ahead = Some((start, end));
+        true
+    }
+
+    /// The next pages to read ahead, at most `pages` of them, of an observer from `from` on.
+    pub(crate) fn bite(&self, from: usize, pages: u64) -> Option<Bite> {
+        (0..OBSERVERS).find_map(|i| {
+            let observer = (from + i) % OBSERVERS;
+            let mut state = self.observers[observer].lock();
+            let (first, until) = state.ahead?;
+            let end = until.min(first.saturating_add(pages));
+            state.ahead = (end < until).then_some((end, until));
+            Some(Bite {
+                observer,
+                first,
+                end,
+            })
+        })
+    }
+
+    /// What follows the bite is not read ahead.
+    pub(crate) fn give_up(&self, bite: &Bite) {
+        self.observers[bite.observer].lock().ahead = None;
+    }
+
+    /// Has the device begin to read.
+    pub(crate) fn announce(&self, page: u64, count: u64) {
+        self.file.ahead(self.index(page), count);
+    }
+}
+
+impl Bite {
+    /// The observer whose turn is after this one's.
+    pub(crate) fn next_turn(&self) -> usize {
+        (self.observer + 1) % OBSERVERS
+    }
+}
