@@ -11,6 +11,7 @@
 #include <linux/memfd.h>
 #include <linux/mman.h>
 #include <linux/pagemap.h>
+#include <linux/percpu.h>
 #include <linux/pid.h>
 #include <linux/sched/clock.h>
 #include <linux/sched/signal.h>
@@ -275,6 +276,48 @@ bool kdp_charge_locked(struct user_struct *user, long pages,
 void kdp_uncharge_locked(struct user_struct *user, long pages)
 {
 	atomic_long_sub(pages, &user->locked_vm);
+}
+
+/* counters */
+
+/* @n counters of each CPU; 0 if there is no memory. */
+unsigned long kdp_percpu_alloc(unsigned int n)
+{
+	/* The caller says ENOMEM: no warning. */
+	return (unsigned long)__alloc_percpu_gfp(n * sizeof(u64), sizeof(u64),
+						 GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+}
+
+void kdp_percpu_free(unsigned long counters)
+{
+	free_percpu((u64 __percpu *)counters);
+}
+
+void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n)
+{
+	this_cpu_add(((u64 __percpu *)counters)[i], n);
+}
+
+/* One of those that this CPU has, if it has any. */
+bool kdp_percpu_take(unsigned long counters, unsigned int i)
+{
+	u64 *here = get_cpu_ptr((u64 __percpu *)counters + i);
+	bool any = *here;
+
+	if (any)
+		--*here;
+	put_cpu_ptr((u64 __percpu *)counters + i);
+	return any;
+}
+
+u64 kdp_percpu_sum(unsigned long counters, unsigned int i)
+{
+	u64 sum = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		sum += READ_ONCE(*per_cpu_ptr((u64 __percpu *)counters + i, cpu));
+	return sum;
 }
 
 /* files */

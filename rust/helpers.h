@@ -68,6 +68,13 @@ bool kdp_charge_locked(struct user_struct *user, long pages,
 		       unsigned long limit);
 void kdp_uncharge_locked(struct user_struct *user, long pages);
 
+/* counters */
+unsigned long kdp_percpu_alloc(unsigned int n);
+void kdp_percpu_free(unsigned long counters);
+void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n);
+bool kdp_percpu_take(unsigned long counters, unsigned int i);
+u64 kdp_percpu_sum(unsigned long counters, unsigned int i);
+
 /* files */
 struct file *kdp_memslot_file(const struct file_operations *fops);
 struct inode *kdp_file_inode_get(struct file *file);

@@ -11,6 +11,7 @@
 )]
 mod rules;
 
+mod account;
 mod backing;
 mod collapse;
 mod device;

@@ -149,12 +149,13 @@ impl Memslot {
         mode: Mode,
     ) -> Result<Arc<Self>> {
         let pages = Pages::new(mode)?;
+        let stats = Stats::new()?;
         Arc::pin_init(
             pin_init!(Self {
                 vm,
                 place,
                 backing,
-                stats: Stats::default(),
+                stats,
                 inode,
                 remapper <- Remapper::new(),
                 changes <- new_mutex!((), "kdp_changes"),
@@ -502,6 +503,7 @@ impl FileOps for Memslot {
         seq_print!(m, "kdp-pinned-pages:\t{}\n", this.backing.pinned_pages());
         seq_print!(m, "kdp-name:\t{}\n", place.name);
         this.stats
+            .totals()
             .for_each(|name, value| seq_print!(m, "kdp-{}:\t{}\n", name, value));
     }
 }
