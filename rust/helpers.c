@@ -449,6 +449,17 @@ void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
 	__init_rwsem(sem, name, key);
 }
 
+/* For a lock that comes before others of its class, all of which @nest guards. */
+void kdp_down_write_first(struct rw_semaphore *sem)
+{
+	down_write_nested(sem, SINGLE_DEPTH_NESTING);
+}
+
+void kdp_down_write_nest(struct rw_semaphore *sem, struct rw_semaphore *nest)
+{
+	down_write_nest_lock(sem, nest);
+}
+
 void kdp_xa_init(struct xarray *xa)
 {
 	xa_init_flags(xa, XA_FLAGS_ACCOUNT);

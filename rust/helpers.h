@@ -100,6 +100,8 @@ bool kdp_poll_completion(struct completion *done, u64 ns);
 /* locks and trees */
 void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
 		    struct lock_class_key *key);
+void kdp_down_write_first(struct rw_semaphore *sem);
+void kdp_down_write_nest(struct rw_semaphore *sem, struct rw_semaphore *nest);
 void kdp_xa_init(struct xarray *xa);
 bool kdp_xa_is_empty(const struct xarray *xa);
 void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,

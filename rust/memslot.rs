@@ -136,7 +136,6 @@ pub(crate) struct Memslot {
     pub(crate) remapper: Remapper,
     #[pin]
     changes: Mutex<()>,
-    #[pin]
     pub(crate) pages: RwSem<Pages>,
 }
 
@@ -148,7 +147,11 @@ impl Memslot {
         inode: Inode,
         mode: Mode,
     ) -> Result<Arc<Self>> {
-        let pages = Pages::new(mode)?;
+        let pages = RwSem::new(
+            Pages::new(mode)?,
+            c"kdp_pages",
+            kernel::static_lock_class!(),
+        )?;
         let stats = Stats::new()?;
         Arc::pin_init(
             pin_init!(Self {
@@ -159,7 +162,7 @@ impl Memslot {
                 inode,
                 remapper <- Remapper::new(),
                 changes <- new_mutex!((), "kdp_changes"),
-                pages <- RwSem::new(pages, c"kdp_pages", kernel::static_lock_class!()),
+                pages,
             }),
             GFP_KERNEL_ACCOUNT,
         )

@@ -13,4 +13,5 @@ pub mod poll;
 pub mod queue;
 pub mod range;
 pub mod stage2;
+pub mod stripe;
 pub mod touch;

@@ -20,4 +20,5 @@ mod queue;
 mod range;
 mod source;
 mod stage2;
+mod stripe;
 mod touch;
