@@ -36,10 +36,7 @@ use kernel::{
     bindings::vm_flags_t,
     mm::virt::flags,
     prelude::*,
-    sync::{
-        Arc,
-        ArcBorrow, //
-    }, //
+    sync::ArcBorrow, //
 };
 
 /// Guest memory: page frames that are not refcounted by the mapping.
@@ -238,8 +235,8 @@ fn wait<'a>(
     let is_absent = || pages.state(page) == State::Absent;
     let entered = slot.vm.events.enter(slot.key(page), touch, is_absent);
     drop(pages);
-    let (ticket, waited) = match entered {
-        Ok(Some(entered)) => entered,
+    let waiter = match entered {
+        Ok(Some(waiter)) => waiter,
         Ok(None) => return Err(fault),
         Err(EnterError::Closed) => return Ok(fail(&slot)),
         Err(EnterError::NoMemory) => return Ok(Outcome::OutOfMemory),
@@ -253,10 +250,9 @@ fn wait<'a>(
     } else {
         Until::Kill
     };
-    // The mapping, and with it the memslot's file, may go while this thread sleeps.
-    let slot: Arc<Memslot> = slot.into();
+    // The mapping, and with it the memslot, may go while this thread sleeps: no more of it from here on.
     fault.release_lock();
-    slot.vm.events.wait(ticket, &waited, until);
+    waiter.wait(until);
     Ok(Outcome::Retry)
 }
 

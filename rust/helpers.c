@@ -17,6 +17,7 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/stat.h>
 #include <linux/shmem_fs.h>
+#include <linux/wait.h>
 
 #include "helpers.h"
 
@@ -439,6 +440,18 @@ bool kdp_poll_completion(struct completion *done, u64 ns)
 	} while (single_task_running() && !need_resched() &&
 		 !signal_pending(current) && local_clock() < end);
 	return false;
+}
+
+/* Sleeps until @done or a signal; of those who sleep so, one is woken at a time. */
+int kdp_wait_exclusive(struct wait_queue_head *queue, bool (*done)(void *data),
+		       void *data)
+{
+	return wait_event_interruptible_exclusive(*queue, done(data));
+}
+
+bool kdp_has_sleeper(struct wait_queue_head *queue)
+{
+	return wq_has_sleeper(queue);
 }
 
 /* locks and trees */

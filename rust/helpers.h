@@ -14,6 +14,7 @@
 #include <linux/rwsem.h>
 #include <linux/sched/user.h>
 #include <linux/tracepoint.h>
+#include <linux/wait.h>
 #include <linux/xarray.h>
 
 struct kvm_vcpu;
@@ -96,6 +97,9 @@ bool kdp_fatal_signal_pending(void);
 /* waiting */
 u64 kdp_now_ns(void);
 bool kdp_poll_completion(struct completion *done, u64 ns);
+int kdp_wait_exclusive(struct wait_queue_head *queue, bool (*done)(void *data),
+		       void *data);
+bool kdp_has_sleeper(struct wait_queue_head *queue);
 
 /* locks and trees */
 void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,

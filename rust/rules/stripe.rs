@@ -42,6 +42,12 @@ impl Stripes {
         (cpu >> self.shift) as usize & (self.count() - 1)
     }
 
+    /// All, from the one whose `turn` it is on: who takes the next turn each time finds each soon.
+    pub fn by_turns(self, turn: u32) -> impl Iterator<Item = usize> {
+        let last = self.count() - 1;
+        (0..=last).map(move |i| (turn as usize).wrapping_add(i) & last)
+    }
+
     /// That of a page of a memslot.
     pub fn of_page(self, slot: u32, page: u64) -> usize {
         self.of_group(slot, page / WORD_PAGES)

@@ -61,6 +61,19 @@ proptest! {
 }
 
 #[test]
+fn each_has_its_turn() {
+    for cpus in [1, 5, 64] {
+        let stripes = Stripes::for_cpus(cpus);
+        for turn in (0..200).chain(u32::MAX - 100..=u32::MAX) {
+            let order: Vec<usize> = stripes.by_turns(turn).collect();
+            assert_eq!(order[0], turn as usize % stripes.count());
+            let all: BTreeSet<usize> = order.iter().copied().collect();
+            assert_eq!((order.len(), all.len()), (stripes.count(), stripes.count()));
+        }
+    }
+}
+
+#[test]
 fn everything_has_all_stripes() {
     for cpus in [1, 2, 3, 64, 65, 512] {
         let stripes = Stripes::for_cpus(cpus);
