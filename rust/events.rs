@@ -338,26 +338,36 @@ impl Events {
 
     /// The next event; waits for one, unless `at_once`.
     fn next(&self, owner: Owner, at_once: bool) -> Result<Option<Found<'_>>> {
+        let mut told = false;
         loop {
             let found = self.look(owner);
+            if found.is_some() && told && self.has_unread() {
+                // Perhaps this thread was told of that one, and found another one first. Who looks meanwhile
+                // does so shard by shard, and may have missed it.
+                self.readers.asleep.tell_one();
+            }
             if found.is_some() || at_once {
                 return Ok(found);
             }
             self.readers.asleep.wait(|| self.has_unread())?;
+            told = true;
         }
     }
 
     /// The oldest event of the next shard that has one.
     fn look(&self, owner: Owner) -> Option<Found<'_>> {
-        let turn = self.readers.turn.fetch_add(1, Relaxed);
-        self.division.by_turns(turn).find_map(|i| {
+        let turn = self.readers.turn.load(Relaxed);
+        for i in self.division.by_turns(turn) {
             let shard = &self.shards[i];
             if !shard.has_unread() {
-                return None;
+                continue;
             }
-            let (delivery, event) = shard.with(|queue| queue.read(owner))?;
-            Some((&**shard, delivery, event))
-        })
+            if let Some((delivery, event)) = shard.with(|queue| queue.read(owner)) {
+                self.readers.turn.store(turn.wrapping_add(1), Relaxed);
+                return Some((shard, delivery, event));
+            }
+        }
+        None
     }
 }
 

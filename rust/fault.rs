@@ -169,6 +169,7 @@ fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bo
 }
 
 /// A page, or a block, was mapped, or not.
+#[inline]
 fn mapped(
     slot: &Memslot,
     fault: Fault<'_>,

@@ -14,8 +14,8 @@ pub const MAX: u32 = 64;
 /// How something is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stripes {
-    /// log2 of their number.
-    order: u32,
+    /// Their number, which is a power of two, less one.
+    mask: u32,
     /// log2 of the CPUs that share one.
     shift: u32,
 }
@@ -26,26 +26,26 @@ impl Stripes {
         let cpus = cpus.clamp(1, 1 << 31).next_power_of_two().trailing_zeros();
         let order = cpus.min(MAX.trailing_zeros());
         Self {
-            order,
+            mask: (1 << order) - 1,
             shift: cpus - order,
         }
     }
 
     /// How many there are.
     pub fn count(self) -> usize {
-        1 << self.order
+        self.mask as usize + 1
     }
 
     /// That of a CPU.
+    #[inline]
     pub fn of_cpu(self, cpu: u32) -> usize {
         // Were a number ever out of bounds, it would have a stripe all the same.
-        (cpu >> self.shift) as usize & (self.count() - 1)
+        (cpu.wrapping_shr(self.shift) & self.mask) as usize
     }
 
     /// All, from the one whose `turn` it is on: who takes the next turn each time finds each soon.
     pub fn by_turns(self, turn: u32) -> impl Iterator<Item = usize> {
-        let last = self.count() - 1;
-        (0..=last).map(move |i| (turn as usize).wrapping_add(i) & last)
+        (0..=self.mask).map(move |i| (turn.wrapping_add(i) & self.mask) as usize)
     }
 
     /// That of a page of a memslot.
@@ -57,7 +57,7 @@ impl Stripes {
         // Multiplicative hashing: the upper bits of the product (Knuth, volume 3, 6.4).
         let mixed = (group ^ u64::from(slot).rotate_left(48)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         // Shifted twice: by 64 in all if there is one stripe.
-        (mixed >> 1 >> (63 - self.order)) as usize
+        (mixed >> 1 >> (63 - self.mask.count_ones())) as usize
     }
 
     /// Those of pages `first` to `last` of a memslot, in rising order.

@@ -12,6 +12,7 @@ mod bits;
 mod collapse;
 mod loom_bits;
 mod loom_pages;
+mod loom_shards;
 mod loom_wait;
 mod loom_zero;
 mod name;
