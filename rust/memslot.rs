@@ -72,6 +72,10 @@ use kernel::{
     seq_file::SeqFile,
     seq_print,
     sync::{
+        lock::{
+            mutex::MutexBackend,
+            Guard, //
+        },
         poll::PollTable,
         Arc,
         ArcBorrow,
@@ -124,8 +128,30 @@ pub(crate) struct Collapsed {
     pub(crate) missing: Option<u64>,
 }
 
-/// A memslot.
+/// The turn to change states, in a cache line of its own: each call takes it, and faults read what is beside
+/// it.
 #[pin_data]
+#[repr(align(64))]
+struct Changes {
+    #[pin]
+    turn: Mutex<()>,
+}
+
+impl Changes {
+    fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            turn <- new_mutex!((), "kdp_changes"),
+        })
+    }
+
+    fn lock(&self) -> Guard<'_, (), MutexBackend> {
+        self.turn.lock()
+    }
+}
+
+/// A memslot. Aligned so that its reference count, which calls change, is not beside what faults read.
+#[pin_data]
+#[repr(align(64))]
 pub(crate) struct Memslot {
     pub(crate) vm: Arc<Vm>,
     pub(crate) place: Place,
@@ -135,7 +161,7 @@ pub(crate) struct Memslot {
     #[pin]
     pub(crate) remapper: Remapper,
     #[pin]
-    changes: Mutex<()>,
+    changes: Changes,
     pub(crate) pages: RwSem<Pages>,
 }
 
@@ -161,7 +187,7 @@ impl Memslot {
                 stats,
                 inode,
                 remapper <- Remapper::new(),
-                changes <- new_mutex!((), "kdp_changes"),
+                changes <- Changes::new(),
                 pages,
             }),
             GFP_KERNEL_ACCOUNT,
