@@ -118,12 +118,16 @@ impl Sleepers {
     /// Sleeps until `done` holds, which must not sleep itself. ERESTARTSYS if a signal comes first. Who is
     /// woken and leaves for a signal has looked once more: no call to one sleeper is lost.
     pub(crate) fn wait<F: Fn() -> bool>(&self, done: F) -> Result {
+        /// # Safety
+        ///
+        /// `done` points to an `F`.
         unsafe extern "C" fn call<F: Fn() -> bool>(done: *mut c_void) -> bool {
-            // SAFETY: It is the closure below, which outlives the call.
+            // SAFETY: By the caller's promise.
             unsafe { (*done.cast::<F>())() }
         }
         let data = from_ref(&done).cast_mut().cast();
-        // SAFETY: The wait queue is initialised and kept alive by `&self`; `call` is for such data.
+        // SAFETY: The wait queue is initialised and kept alive by `&self`. `call` is given `data`, which points to
+        // the closure, and that outlives the wait.
         to_result(unsafe { c::kdp_wait_exclusive(self.as_ptr(), Some(call::<F>), data) })
     }
 

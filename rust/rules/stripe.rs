@@ -66,7 +66,7 @@ impl Stripes {
         let mut left = if end - group >= self.count() as u64 {
             u64::MAX >> (u64::from(MAX) - self.count() as u64)
         } else {
-            (group..=end).fold(0, |mask, group| mask | 1 << self.of_group(slot, group))
+            (group..=end).fold(0, |mask, group| mask | (1 << self.of_group(slot, group)))
         };
         core::iter::from_fn(move || {
             let next = (left != 0).then(|| left.trailing_zeros() as usize)?;
