@@ -7,6 +7,7 @@
 //! unpinned only under the lock for writing, after it was unmapped.
 
 use crate::{
+    account::Account,
     ffi::{
         memfd::{
             Memfd,
@@ -14,21 +15,14 @@ use crate::{
             Pins,
             PINS, //
         },
-        task::{
-            MemlockLimit,
-            User, //
-        }, //
+        task::User, //
     },
     pages::Pages,
     rules::range::PageRange, //
 };
 use kernel::{
     page::PAGE_SHIFT,
-    prelude::*,
-    sync::atomic::{
-        Atomic,
-        Relaxed, //
-    }, //
+    prelude::*, //
 };
 
 /// The memory.
@@ -36,10 +30,7 @@ pub(crate) struct Backing {
     memfd: Memfd,
     /// Where the memslot begins in the memfd, in pages.
     offset: u64,
-    user: User,
-    limit: MemlockLimit,
-    /// Folios that are pinned. Only added up: relaxed.
-    pinned: Atomic<u64>,
+    account: Account,
 }
 
 impl Backing {
@@ -51,12 +42,12 @@ impl Backing {
         if offset_bytes % granule != 0 || bytes % granule != 0 || end > memfd.size() {
             return Err(EINVAL);
         }
+        // hugetlb pages are not charged: they are reserved and limited by other means.
+        let payer = (memfd.order() == 0).then_some(user);
         Ok(Self {
             memfd,
             offset: offset_bytes >> PAGE_SHIFT,
-            user,
-            limit: MemlockLimit::current(),
-            pinned: Atomic::new(0),
+            account: Account::new(payer)?,
         })
     }
 
@@ -76,7 +67,7 @@ impl Backing {
 
     /// Memory that is pinned, in pages.
     pub(crate) fn pinned_pages(&self) -> u64 {
-        self.pinned.load(Relaxed) << self.order()
+        self.account.pinned() << self.order()
     }
 
     /// Where the pin of a page's folio is: which [`Pins`], and where in them; and which page of the folio it
@@ -105,30 +96,14 @@ impl Backing {
 
     #[cold]
     fn pin<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<Pfn<'a>> {
-        if self.is_charged() && !self.user.charge(self.limit) {
-            return Err(ENOMEM);
-        }
-        let added = self.pin_charged(pages, leaf, at);
-        match added {
-            Ok((_, true)) => self.pinned.add(1, Relaxed),
-            Ok((_, false)) | Err(_) if self.is_charged() => self.user.uncharge(1),
-            _ => (),
-        }
-        added.map(|(first, _)| first)
-    }
-
-    fn pin_charged<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<(Pfn<'a>, bool)> {
-        if pages.pins.get(leaf).is_none() {
-            pages.pins.insert(leaf, Pins::new()?)?;
-        }
-        let pins = pages.pins.get(leaf).ok_or(ENOMEM)?;
-        let pin = self.memfd.pin((leaf * PINS + at) as u64)?;
-        Ok(pins.insert(at, pin))
-    }
-
-    /// hugetlb pages are not charged: they are reserved and limited by other means.
-    fn is_charged(&self) -> bool {
-        self.order() == 0
+        self.account.pin(|| {
+            if pages.pins.get(leaf).is_none() {
+                pages.pins.insert(leaf, Pins::new()?)?;
+            }
+            let pins = pages.pins.get(leaf).ok_or(ENOMEM)?;
+            let pin = self.memfd.pin((leaf * PINS + at) as u64)?;
+            Ok(pins.insert(at, pin))
+        })
     }
 
     /// The pages of the memslot that share their folio with a page of `range`, first and one past
@@ -181,18 +156,6 @@ impl Backing {
             }
             first = start + PINS;
         }
-        self.pinned.fetch_sub(count as u64, Relaxed);
-        if self.is_charged() {
-            self.user.uncharge(count);
-        }
-    }
-}
-
-impl Drop for Backing {
-    fn drop(&mut self) {
-        // The pins go with the `Pages`.
-        if self.is_charged() {
-            self.user.uncharge(self.pinned.load(Relaxed) as usize);
-        }
+        self.account.unpinned(count);
     }
 }

@@ -2,9 +2,15 @@
 
 //! The VM's event queue: who waits for which page, and who has been told.
 //!
-//! The rules are in rules/queue.rs; here they meet the kernel's lock, trees, wait queues and threads.
-//! The queue's mutex is innermost: nothing else is taken under it, and userspace is not touched. It
-//! is taken under a fault's mmap or VMA lock; threads sleep on a page's [`Gate`], outside of both.
+//! The rules are in rules/queue.rs; here they meet the kernel's locks, trees, wait queues and threads.
+//!
+//! The queue is in shards (rules/stripe.rs says which page is where), each with a mutex of its own, so that
+//! threads that wait for different pages have nothing in common to write to. Events of a shard are
+//! delivered in the order of their arrival, and readers go from shard to shard.
+//!
+//! A shard's mutex is innermost: nothing else is taken under it, and userspace is not touched. It is
+//! taken under a fault's mmap or VMA lock; threads sleep on a page's [`Gate`], outside of both. Nobody takes
+//! two.
 
 use crate::{
     ffi::{
@@ -16,6 +22,7 @@ use crate::{
         wait::{
             now_ns,
             Gate,
+            Sleepers,
             Until, //
         }, //
     },
@@ -38,12 +45,13 @@ use crate::{
             Queue,
             Ticket, //
         },
+        stripe::Stripes, //
     },
 };
 use kernel::{
+    cpu::nr_cpu_ids,
     fs::File,
     new_mutex,
-    new_poll_condvar,
     prelude::*,
     rbtree::RBTree,
     sync::{
@@ -51,10 +59,7 @@ use kernel::{
             Atomic,
             Relaxed, //
         },
-        poll::{
-            PollCondVar,
-            PollTable, //
-        },
+        poll::PollTable,
         Arc,
         Mutex, //
     },
@@ -87,7 +92,7 @@ impl<K: Ord + Copy, V> OrderedMap<K, V> for Map<K, V> {
 
 /// The access that came first, and the gate that it and all after it wait at.
 #[pin_data]
-pub(crate) struct Waited {
+struct Waited {
     access: Access,
     thread: Pid,
     #[pin]
@@ -105,48 +110,127 @@ pub(crate) struct Access {
     pub(crate) flags: u32,
 }
 
-/// What a reader gets next.
-enum Next {
-    Event(Delivery, Event<Arc<Waited>>),
-    Notice(Notice),
-    Nothing,
-}
-
 type EventQueue = Queue<Map<Key, Entry<Arc<Waited>>>, Map<u64, Key>>;
 
-/// The event queue.
+/// A part of the queue, in cache lines of its own.
 #[pin_data]
-pub(crate) struct Events {
+#[repr(align(64))]
+struct Shard {
     #[pin]
     queue: Mutex<EventQueue>,
-    #[pin]
-    notices: Notices,
-    #[pin]
-    readable: PollCondVar,
-    /// A copy of the queue's "closed" for a fault that does not wait. Relaxed: who goes on to wait
-    /// learns it again under the mutex, and who exits may be a moment late.
-    closed: Atomic<bool>,
+    /// A copy of the queue's, for readers that look for a shard that has some. Changed under the mutex.
+    /// Relaxed: a reader that is going to sleep has a full barrier before it looks, and who made an event
+    /// one after this, before it looks for sleepers ([`Sleepers`]).
+    unread: Atomic<u32>,
     /// How long a waiter looks out for its page before it sleeps, in nanoseconds. A guess: relaxed.
     poll_ns: Atomic<u64>,
 }
 
+impl Shard {
+    fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                queue <- new_mutex!(
+                    Queue::new(Map(RBTree::new()), Map(RBTree::new())),
+                    "kdp_events"
+                ),
+                unread: Atomic::new(0),
+                poll_ns: Atomic::new(0),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Does something to the queue.
+    fn with<R>(&self, change: impl FnOnce(&mut EventQueue) -> R) -> R {
+        let mut queue = self.queue.lock();
+        let result = change(&mut queue);
+        self.unread.store(queue.unread(), Relaxed);
+        result
+    }
+
+    fn has_unread(&self) -> bool {
+        self.unread.load(Relaxed) > 0
+    }
+}
+
+/// A thread that waits. It holds the shard: the VM may go while the thread sleeps.
+pub(crate) struct Waiter {
+    shard: Arc<Shard>,
+    ticket: Ticket,
+    waited: Arc<Waited>,
+}
+
+impl Waiter {
+    /// The current thread waits until its page is resolved, or for a signal.
+    pub(crate) fn wait(self, until: Until) {
+        let Self {
+            shard,
+            ticket,
+            waited,
+        } = self;
+        let poll = shard.poll_ns.load(Relaxed);
+        let start = now_ns();
+        // Whoever opens the gate has taken the ticket away.
+        if !waited.gate.poll(poll) && !waited.gate.wait(until) {
+            shard.with(|queue| queue.leave(ticket));
+            return;
+        }
+        let next = poll::next(poll, now_ns().saturating_sub(start), max_poll_ns());
+        if next != poll {
+            shard.poll_ns.store(next, Relaxed);
+        }
+    }
+}
+
+/// The event queue.
+#[pin_data]
+pub(crate) struct Events {
+    shards: KVec<Arc<Shard>>,
+    division: Stripes,
+    /// A copy of the shards' "closed" for a fault that does not wait. Relaxed: who goes on to wait
+    /// learns it again under the shard's mutex, and who exits may be a moment late.
+    closed: Atomic<bool>,
+    #[pin]
+    notices: Notices,
+    #[pin]
+    readers: Readers,
+}
+
+/// What readers alone write to, and faults that find a reader asleep.
+#[pin_data]
+#[repr(align(64))]
+struct Readers {
+    #[pin]
+    asleep: Sleepers,
+    /// Where the next one begins to look. Any number will do: relaxed.
+    turn: Atomic<u32>,
+}
+
 impl Events {
-    pub(crate) fn new() -> impl PinInit<Self> {
-        pin_init!(Self {
-            queue <- new_mutex!(
-                Queue::new(Map(RBTree::new()), Map(RBTree::new())),
-                "kdp_events"
-            ),
-            notices <- Notices::new(),
-            readable <- new_poll_condvar!("kdp_readable"),
+    pub(crate) fn new() -> impl PinInit<Self, Error> {
+        let division = Stripes::for_cpus(nr_cpu_ids());
+        try_pin_init!(Self {
+            shards: {
+                let mut shards = KVec::with_capacity(division.count(), GFP_KERNEL_ACCOUNT)?;
+                for _ in 0..division.count() {
+                    shards.push(Shard::new()?, GFP_KERNEL_ACCOUNT)?;
+                }
+                shards
+            },
+            division,
             closed: Atomic::new(false),
-            poll_ns: Atomic::new(0),
-        })
+            notices <- Notices::new(),
+            readers <- pin_init!(Readers {
+                asleep <- Sleepers::new(),
+                turn: Atomic::new(0),
+            }),
+        }? Error)
     }
 
     /// The current thread begins to wait for a page, unless `is_absent` says that it need not.
     ///
-    /// That is asked under the queue's lock. Who resolves changes the state before it takes this lock:
+    /// That is asked under the shard's lock. Who resolves changes the state before it takes this lock:
     /// either the change is seen here, or the entry is found there. So no wake-up is lost, and there is
     /// never an event for a page that is present: a handler would fill it over what was written since.
     pub(crate) fn enter(
@@ -154,7 +238,7 @@ impl Events {
         key: Key,
         access: Access,
         is_absent: impl FnOnce() -> bool,
-    ) -> Result<Option<(Ticket, Arc<Waited>)>, EnterError> {
+    ) -> Result<Option<Waiter>, EnterError> {
         let first = || {
             let thread = Pid::current().ok_or(NoMemory)?;
             let waited = pin_init!(Waited {
@@ -164,31 +248,20 @@ impl Events {
             });
             Arc::pin_init(waited, GFP_KERNEL_ACCOUNT).map_err(|_| NoMemory)
         };
-        let mut queue = self.queue.lock();
-        if !is_absent() {
+        let shard = &self.shards[self.division.of_page(key.slot, key.page)];
+        let entered =
+            shard.with(|queue| is_absent().then(|| queue.enter(key, first)).transpose())?;
+        let Some((ticket, waited, is_new)) = entered else {
             return Ok(None);
-        }
-        let (ticket, first, is_new) = queue.enter(key, first)?;
-        drop(queue);
+        };
         if is_new {
-            self.readable.notify_one();
+            self.readers.asleep.tell_one();
         }
-        Ok(Some((ticket, first)))
-    }
-
-    /// The current thread waits until its page is resolved, or for a signal.
-    pub(crate) fn wait(&self, ticket: Ticket, waited: &Waited, until: Until) {
-        let poll = self.poll_ns.load(Relaxed);
-        let start = now_ns();
-        // Whoever opens the gate has taken the ticket away.
-        if !waited.gate.poll(poll) && !waited.gate.wait(until) {
-            self.leave(ticket);
-            return;
-        }
-        let next = poll::next(poll, now_ns().saturating_sub(start), max_poll_ns());
-        if next != poll {
-            self.poll_ns.store(next, Relaxed);
-        }
+        Ok(Some(Waiter {
+            shard: shard.clone(),
+            ticket,
+            waited,
+        }))
     }
 
     /// The current thread's touch of a page failed: readers are told, nobody waits.
@@ -201,54 +274,62 @@ impl Events {
             error,
         };
         if self.notices.push(notice) {
-            // A reader has either seen it, or sleeps by the time the lock is free.
-            drop(self.queue.lock());
-            self.readable.notify_one();
+            self.readers.asleep.tell_one();
         }
-    }
-
-    /// The current thread no longer waits.
-    fn leave(&self, ticket: Ticket) {
-        self.queue.lock().leave(ticket);
     }
 
     /// Lets go on who waits for pages `first` to `last` of a memslot; returns how many pages that
     /// are.
     pub(crate) fn resolve(&self, slot: u32, first: u64, last: u64) -> u64 {
-        self.queue
-            .lock()
-            .resolve(slot, first, last, |w: Arc<Waited>| w.gate.open())
+        let resolve = |shard: usize| {
+            self.shards[shard]
+                .with(|queue| queue.resolve(slot, first, last, |w: Arc<Waited>| w.gate.open()))
+        };
+        self.division.of_range(slot, first, last).map(resolve).sum()
     }
 
     /// A process no longer has the VM: what it has read and not resolved is for the next.
     pub(crate) fn left_by(&self, owner: Owner) {
-        if self.queue.lock().requeue(owner) > 0 {
-            self.readable.notify_all();
+        let mut found = 0;
+        for shard in &self.shards {
+            found += shard.with(|queue| queue.requeue(owner));
+        }
+        if found > 0 {
+            self.readers.asleep.tell_all();
         }
     }
 
     /// Nobody can resolve events any more.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
-        self.queue.lock().close(|w: Arc<Waited>| w.gate.open());
+        for shard in &self.shards {
+            shard.with(|queue| queue.close(|w: Arc<Waited>| w.gate.open()));
+        }
     }
 
     /// Whether somebody can.
+    #[inline]
     pub(crate) fn is_served(&self) -> bool {
         !self.closed.load(Relaxed)
     }
 
     /// Pages that are waited for, and those of them that no reader has.
     pub(crate) fn counts(&self) -> (u32, u32) {
-        let queue = self.queue.lock();
-        (queue.pending(), queue.unread())
+        self.shards.iter().fold((0, 0), |(pending, unread), shard| {
+            let queue = shard.queue.lock();
+            (pending + queue.pending(), unread + queue.unread())
+        })
+    }
+
+    fn has_unread(&self) -> bool {
+        self.shards.iter().any(|shard| shard.has_unread()) || !self.notices.is_empty()
     }
 
     /// Whether an event can be read; if not, `table` is told when.
     pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> bool {
         // First the registration, then the look: an event that comes in between wakes.
-        table.register_wait(file, &self.readable);
-        self.queue.lock().unread() > 0 || !self.notices.is_empty()
+        self.readers.asleep.register(file, table);
+        self.has_unread()
     }
 
     /// Delivers events; returns how many bytes.
@@ -262,17 +343,19 @@ impl Events {
         while out.len() >= SIZE {
             let next = self.next(owner, nonblock || done > 0)?;
             let raw = match &next {
-                Next::Nothing => break,
-                Next::Event(_, event) => describe(event),
-                Next::Notice(notice) => describe_notice(notice),
+                None => break,
+                Some(Found::Event(_, _, event)) => describe(event),
+                Some(Found::Notice(notice)) => describe_notice(notice),
             };
             if let Err(e) = out.write_slice(raw.bytes()) {
                 match next {
-                    Next::Event(delivery, _) => self.queue.lock().unread_again(delivery),
-                    Next::Notice(notice) => self.notices.put_back(notice),
-                    Next::Nothing => (),
+                    Some(Found::Event(shard, delivery, _)) => {
+                        shard.with(|queue| queue.unread_again(delivery));
+                    }
+                    Some(Found::Notice(notice)) => self.notices.put_back(notice),
+                    None => (),
                 }
-                self.readable.notify_one();
+                self.readers.asleep.tell_one();
                 return if done > 0 { Ok(done) } else { Err(e) };
             }
             done += SIZE;
@@ -284,25 +367,45 @@ impl Events {
     }
 
     /// The next event; waits for one, unless `at_once`.
-    fn next(&self, owner: Owner, at_once: bool) -> Result<Next> {
-        let mut queue = self.queue.lock();
+    fn next(&self, owner: Owner, at_once: bool) -> Result<Option<Found<'_>>> {
+        let mut told = false;
         loop {
-            if let Some((delivery, event)) = queue.read(owner) {
-                return Ok(Next::Event(delivery, event));
+            let found = self.look(owner);
+            if found.is_some() && told && self.has_unread() {
+                // Perhaps this thread was told of that one, and found another one first. Who looks meanwhile
+                // does so shard by shard, and may have missed it.
+                self.readers.asleep.tell_one();
             }
-            if let Some(notice) = self.notices.pop() {
-                return Ok(Next::Notice(notice));
+            if found.is_some() || at_once {
+                return Ok(found);
             }
-            if at_once {
-                return Ok(Next::Nothing);
-            }
-            if self.readable.wait_interruptible(&mut queue) {
-                // The wake-up that was perhaps meant for this thread is for another one.
-                self.readable.notify_one();
-                return Err(ERESTARTSYS);
-            }
+            self.readers.asleep.wait(|| self.has_unread())?;
+            told = true;
         }
     }
+
+    /// The oldest event of the next shard that has one.
+    fn look(&self, owner: Owner) -> Option<Found<'_>> {
+        let turn = self.readers.turn.load(Relaxed);
+        for i in self.division.by_turns(turn) {
+            let shard = &self.shards[i];
+            if !shard.has_unread() {
+                continue;
+            }
+            if let Some((delivery, event)) = shard.with(|queue| queue.read(owner)) {
+                self.readers.turn.store(turn.wrapping_add(1), Relaxed);
+                return Some(Found::Event(shard, delivery, event));
+            }
+        }
+        self.notices.pop().map(Found::Notice)
+    }
+}
+
+/// An event that is being delivered.
+enum Found<'a> {
+    Event(&'a Shard, Delivery, Event<Arc<Waited>>),
+    /// Or what nobody waits for.
+    Notice(Notice),
 }
 
 fn describe(event: &Event<Arc<Waited>>) -> kdp_event {

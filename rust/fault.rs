@@ -204,6 +204,7 @@ fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bo
 }
 
 /// A page, or a block, was mapped, or not.
+#[inline]
 fn mapped(
     slot: &Memslot,
     fault: Fault<'_>,
@@ -301,8 +302,8 @@ fn wait<'a>(
     let is_absent = || pages.state(page) == State::Absent;
     let entered = slot.vm.events.enter(slot.key(page), touch, is_absent);
     drop(pages);
-    let (ticket, waited) = match entered {
-        Ok(Some(entered)) => entered,
+    let waiter = match entered {
+        Ok(Some(waiter)) => waiter,
         Ok(None) => return Err(fault),
         Err(EnterError::Closed) => return Ok(fail(&slot)),
         Err(EnterError::NoMemory) => return Ok(Outcome::OutOfMemory),
@@ -316,10 +317,9 @@ fn wait<'a>(
     } else {
         Until::Kill
     };
-    // The mapping, and with it the memslot's file, may go while this thread sleeps.
-    let slot: Arc<Memslot> = slot.into();
+    // The mapping, and with it the memslot, may go while this thread sleeps: no more of it from here on.
     fault.release_lock();
-    slot.vm.events.wait(ticket, &waited, until);
+    waiter.wait(until);
     Ok(Outcome::Retry)
 }
 

@@ -11,11 +11,13 @@
 #include <linux/memfd.h>
 #include <linux/mman.h>
 #include <linux/pagemap.h>
+#include <linux/percpu.h>
 #include <linux/pid.h>
 #include <linux/sched/clock.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/stat.h>
 #include <linux/shmem_fs.h>
+#include <linux/wait.h>
 #include <linux/wait_bit.h>
 #include <linux/workqueue.h>
 
@@ -305,6 +307,48 @@ void kdp_uncharge_locked(struct user_struct *user, long pages)
 	atomic_long_sub(pages, &user->locked_vm);
 }
 
+/* counters */
+
+/* @n counters of each CPU; 0 if there is no memory. */
+unsigned long kdp_percpu_alloc(unsigned int n)
+{
+	/* The caller says ENOMEM: no warning. */
+	return (unsigned long)__alloc_percpu_gfp(n * sizeof(u64), sizeof(u64),
+						 GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+}
+
+void kdp_percpu_free(unsigned long counters)
+{
+	free_percpu((u64 __percpu *)counters);
+}
+
+void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n)
+{
+	this_cpu_add(((u64 __percpu *)counters)[i], n);
+}
+
+/* One of those that this CPU has, if it has any. */
+bool kdp_percpu_take(unsigned long counters, unsigned int i)
+{
+	u64 *here = get_cpu_ptr((u64 __percpu *)counters + i);
+	bool any = *here;
+
+	if (any)
+		--*here;
+	put_cpu_ptr((u64 __percpu *)counters + i);
+	return any;
+}
+
+u64 kdp_percpu_sum(unsigned long counters, unsigned int i)
+{
+	u64 sum = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		sum += READ_ONCE(*per_cpu_ptr((u64 __percpu *)counters + i, cpu));
+	return sum;
+}
+
 /* files */
 
 struct file *kdp_memslot_file(const struct file_operations *fops)
@@ -426,12 +470,35 @@ bool kdp_poll_completion(struct completion *done, u64 ns)
 	return false;
 }
 
+/* Sleeps until @done or a signal; of those who sleep so, one is woken at a time. */
+int kdp_wait_exclusive(struct wait_queue_head *queue, bool (*done)(void *data),
+		       void *data)
+{
+	return wait_event_interruptible_exclusive(*queue, done(data));
+}
+
+bool kdp_has_sleeper(struct wait_queue_head *queue)
+{
+	return wq_has_sleeper(queue);
+}
+
 /* locks and trees */
 
 void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
 		    struct lock_class_key *key)
 {
 	__init_rwsem(sem, name, key);
+}
+
+/* For a lock that comes before others of its class, all of which @nest guards. */
+void kdp_down_write_first(struct rw_semaphore *sem)
+{
+	down_write_nested(sem, SINGLE_DEPTH_NESTING);
+}
+
+void kdp_down_write_nest(struct rw_semaphore *sem, struct rw_semaphore *nest)
+{
+	down_write_nest_lock(sem, nest);
 }
 
 void kdp_xa_init(struct xarray *xa)

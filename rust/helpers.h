@@ -14,6 +14,7 @@
 #include <linux/rwsem.h>
 #include <linux/sched/user.h>
 #include <linux/tracepoint.h>
+#include <linux/wait.h>
 #include <linux/xarray.h>
 
 struct kvm_vcpu;
@@ -92,6 +93,13 @@ bool kdp_charge_locked(struct user_struct *user, long pages,
 		       unsigned long limit);
 void kdp_uncharge_locked(struct user_struct *user, long pages);
 
+/* counters */
+unsigned long kdp_percpu_alloc(unsigned int n);
+void kdp_percpu_free(unsigned long counters);
+void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n);
+bool kdp_percpu_take(unsigned long counters, unsigned int i);
+u64 kdp_percpu_sum(unsigned long counters, unsigned int i);
+
 /* files */
 struct file *kdp_memslot_file(const struct file_operations *fops);
 struct inode *kdp_file_inode_get(struct file *file);
@@ -113,10 +121,15 @@ bool kdp_fatal_signal_pending(void);
 /* waiting */
 u64 kdp_now_ns(void);
 bool kdp_poll_completion(struct completion *done, u64 ns);
+int kdp_wait_exclusive(struct wait_queue_head *queue, bool (*done)(void *data),
+		       void *data);
+bool kdp_has_sleeper(struct wait_queue_head *queue);
 
 /* locks and trees */
 void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
 		    struct lock_class_key *key);
+void kdp_down_write_first(struct rw_semaphore *sem);
+void kdp_down_write_nest(struct rw_semaphore *sem, struct rw_semaphore *nest);
 void kdp_xa_init(struct xarray *xa);
 bool kdp_xa_is_empty(const struct xarray *xa);
 void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,

@@ -11,6 +11,7 @@
 )]
 mod rules;
 
+mod account;
 mod ahead;
 mod backing;
 mod collapse;

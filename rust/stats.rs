@@ -2,33 +2,23 @@
 
 //! Counters, of a memslot and, summed up, of a VM.
 
-use kernel::sync::atomic::{
-    Atomic,
-    Relaxed, //
-};
+use crate::ffi::percpu::PerCpu;
+use kernel::prelude::*;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident => $key:literal,)*) => {
-        /// The counters. They order nothing and are read one by one: relaxed.
-        #[derive(Default)]
-        pub(crate) struct Stats {
-            $($(#[$doc])* $name: Counter,)*
+        #[expect(non_camel_case_types)]
+        enum Index {
+            $($name,)*
         }
 
+        /// What the counters are called.
+        const KEYS: [&str; [$(Index::$name),*].len()] = [$($key),*];
+
         impl Stats {
-            $($(#[$doc])* pub(crate) fn $name(&self) -> &Counter {
-                &self.$name
+            $($(#[$doc])* #[inline] pub(crate) fn $name(&self) -> Counter<'_> {
+                Counter { stats: self, index: Index::$name as usize }
             })*
-
-            /// Adds what `other` has counted.
-            pub(crate) fn add(&self, other: &Stats) {
-                $(self.$name.add(other.$name.get());)*
-            }
-
-            /// Calls `f` with the name and the value of every counter.
-            pub(crate) fn for_each(&self, mut f: impl FnMut(&'static str, u64)) {
-                $(f($key, self.$name.get());)*
-            }
         }
     };
 }
@@ -60,22 +50,55 @@ counters! {
     sigbus => "sigbus",
 }
 
-/// One counter.
-pub(crate) struct Counter(Atomic<u64>);
+/// The counters. Every CPU has its own: all vCPUs count at every fault.
+pub(crate) struct Stats(PerCpu<{ KEYS.len() }>);
 
-impl Default for Counter {
-    fn default() -> Self {
-        Self(Atomic::new(0))
+impl Stats {
+    pub(crate) fn new() -> Result<Self> {
+        PerCpu::new().map(Self)
+    }
+
+    /// Adds what others have counted.
+    pub(crate) fn add(&self, totals: &Totals) {
+        for (i, n) in totals.0.iter().enumerate() {
+            self.0.add(i, *n);
+        }
+    }
+
+    /// What was counted.
+    pub(crate) fn totals(&self) -> Totals {
+        Totals(core::array::from_fn(|i| self.0.sum(i)))
     }
 }
 
-impl Counter {
+/// One counter.
+pub(crate) struct Counter<'a> {
+    stats: &'a Stats,
+    index: usize,
+}
+
+impl Counter<'_> {
     #[inline]
     pub(crate) fn add(&self, n: u64) {
-        self.0.add(n, Relaxed);
+        self.stats.0.add(self.index, n);
+    }
+}
+
+/// What was counted, by one or by several.
+pub(crate) struct Totals([u64; KEYS.len()]);
+
+impl Totals {
+    /// Adds what others have counted.
+    pub(crate) fn add(&mut self, other: &Totals) {
+        for (sum, n) in self.0.iter_mut().zip(other.0) {
+            *sum = sum.wrapping_add(n);
+        }
     }
 
-    fn get(&self) -> u64 {
-        self.0.load(Relaxed)
+    /// Calls `f` with the name and the value of every counter.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&'static str, u64)) {
+        for (key, n) in KEYS.iter().zip(self.0) {
+            f(key, n);
+        }
     }
 }

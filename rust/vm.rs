@@ -115,7 +115,7 @@ impl Vm {
                 ),
                 threads <- new_mutex!(Threads::new(), "kdp_threads"),
                 events <- Events::new(),
-                stats: Stats::default(),
+                stats: Stats::new()?,
                 debugfs <- new_mutex!(None, "kdp_debugfs"),
             }? Error),
             GFP_KERNEL_ACCOUNT,
@@ -191,7 +191,7 @@ impl Vm {
         // First the path: nobody opens it any more.
         drop(slot.path);
         slot.memslot.remove();
-        self.stats.add(&slot.memslot.stats);
+        self.stats.add(&slot.memslot.stats.totals());
         Ok(())
     }
 
@@ -214,12 +214,11 @@ impl Vm {
 
     /// Calls `f` with the name and the value of everything that is counted.
     fn describe(&self, mut f: impl FnMut(&'static str, u64)) {
-        let sum = Stats::default();
-        sum.add(&self.stats);
+        let mut sum = self.stats.totals();
         let (pending, unread) = self.events.counts();
         let slots = self.slots.lock();
         for slot in slots.by_id.values() {
-            sum.add(&slot.memslot.stats);
+            sum.add(&slot.memslot.stats.totals());
         }
         f("memslots", slots.count.into());
         drop(slots);

@@ -76,8 +76,9 @@ impl Vcpu<'_> {
 /// # Invariants
 ///
 /// `link.pid` is `pid`'s. `vcpu` is null, or a vCPU whose KVM_RUN the thread is in. Apart from `vm`,
-/// `pid` and `link`, the thread alone reads and writes the fields: relaxed ordering is enough.
-#[repr(C)]
+/// `pid` and `link`, the thread alone reads and writes the fields: relaxed ordering is enough. It does so at every
+/// fault, in cache lines that no other thread's record shares.
+#[repr(C, align(64))]
 pub(crate) struct Thread {
     link: Opaque<c::kdp_vcpu_thread>,
     vm: u64,

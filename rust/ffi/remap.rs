@@ -80,8 +80,9 @@ pub(crate) trait Remap: FileOps {
     fn remap(this: ArcBorrow<'_, Self>, space: Space<'_>);
 }
 
-/// What one file's remappings share.
+/// What one file's remappings share, in cache lines of its own.
 #[pin_data]
+#[repr(align(64))]
 pub(crate) struct Remapper {
     /// One at a time. Taken before the mmap lock.
     #[pin]

@@ -1,15 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A gate that threads wait at until it opens, for good.
+//! A gate that threads wait at until it opens, for good; and a place to sleep until there is something.
 //!
-//! C header: `include/linux/completion.h`. The `kernel` crate's `Completion` waits uninterruptibly
-//! only.
+//! C headers: `include/linux/completion.h`, `include/linux/wait.h`. The `kernel` crate's `Completion` waits
+//! uninterruptibly only, and its `CondVar` wants all who change the condition to take one lock.
 
 use super::c;
+use core::ptr::from_ref;
 use kernel::{
     bindings,
+    error::to_result,
+    ffi::c_void,
+    fs::File,
+    new_poll_condvar,
     prelude::*,
-    sync::Completion, //
+    sync::{
+        poll::{
+            PollCondVar,
+            PollTable, //
+        },
+        Completion, //
+    }, //
 };
 
 /// Nanoseconds since some time in the past.
@@ -72,5 +83,69 @@ impl Gate {
             Until::Kill => unsafe { bindings::wait_for_completion_killable(done) },
         };
         result == 0
+    }
+}
+
+/// Threads that sleep until something holds that others make true, without a lock in common.
+///
+/// Who makes it true does so first and calls [`tell_one`](Self::tell_one) then, which looks for sleepers
+/// after a full barrier. Who sleeps is among the sleepers first and looks then, with a full barrier between,
+/// too (`prepare_to_wait_event()`, `poll_wait()`). One of the two sees the other. Nobody writes here when
+/// nobody sleeps.
+#[pin_data]
+#[repr(align(64))]
+pub(crate) struct Sleepers {
+    #[pin]
+    queue: PollCondVar,
+}
+
+impl Sleepers {
+    /// None.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            queue <- new_poll_condvar!("kdp_sleepers"),
+        })
+    }
+
+    fn as_ptr(&self) -> *mut bindings::wait_queue_head {
+        // `PollCondVar` has one field with a size and is a `struct wait_queue_head`.
+        const {
+            assert!(size_of::<PollCondVar>() == size_of::<bindings::wait_queue_head>());
+        };
+        from_ref(&self.queue).cast_mut().cast()
+    }
+
+    /// Sleeps until `done` holds, which must not sleep itself. ERESTARTSYS if a signal comes first. Who is
+    /// woken and leaves for a signal has looked once more: no call to one sleeper is lost.
+    pub(crate) fn wait<F: Fn() -> bool>(&self, done: F) -> Result {
+        /// # Safety
+        ///
+        /// `done` points to an `F`.
+        unsafe extern "C" fn call<F: Fn() -> bool>(done: *mut c_void) -> bool {
+            // SAFETY: By the caller's promise.
+            unsafe { (*done.cast::<F>())() }
+        }
+        let data = from_ref(&done).cast_mut().cast();
+        // SAFETY: The wait queue is initialised and kept alive by `&self`. `call` is given `data`, which points to
+        // the closure, and that outlives the wait.
+        to_result(unsafe { c::kdp_wait_exclusive(self.as_ptr(), Some(call::<F>), data) })
+    }
+
+    /// Has poll(2) told when somebody is called.
+    pub(crate) fn register(&self, file: &File, table: &PollTable<'_>) {
+        table.register_wait(file, &self.queue);
+    }
+
+    /// Wakes one who sleeps, and all who poll.
+    pub(crate) fn tell_one(&self) {
+        // SAFETY: The wait queue is initialised and kept alive by `&self`.
+        if unsafe { c::kdp_has_sleeper(self.as_ptr()) } {
+            self.queue.notify_one();
+        }
+    }
+
+    /// Wakes all.
+    pub(crate) fn tell_all(&self) {
+        self.queue.notify_all();
     }
 }

@@ -14,4 +14,5 @@ pub mod queue;
 pub mod range;
 pub mod stage2;
 pub mod stream;
+pub mod stripe;
 pub mod touch;

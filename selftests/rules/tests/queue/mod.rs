@@ -3,6 +3,7 @@
 //! rust/rules/queue.rs: random histories against a model that does everything the slow way.
 
 mod model;
+mod shards;
 mod sim;
 
 use kdp_rules::rules::queue::{EnterError, Event, Key, Owner};

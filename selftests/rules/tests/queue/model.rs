@@ -80,7 +80,13 @@ impl Model {
     }
 
     pub fn read(&mut self, owner: Owner) -> Option<Event<u32>> {
-        let page = self.pages.iter_mut().find(|page| page.reader.is_none())?;
+        self.read_of(owner, |_| true)
+    }
+
+    /// The oldest unread event of those pages.
+    pub fn read_of(&mut self, owner: Owner, which: impl Fn(Key) -> bool) -> Option<Event<u32>> {
+        let mut pages = self.pages.iter_mut();
+        let page = pages.find(|page| page.reader.is_none() && which(page.key))?;
         page.reader = Some(owner);
         page.deliveries += 1;
         Some(Event {

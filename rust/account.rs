@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a memslot has pinned, and who pays for it.
+//!
+//! A user's `locked_vm` is one number for all CPUs. Under a limit each page changes it: a limit that must
+//! not be exceeded by a page cannot be checked otherwise. Without one a CPU charges for many pages at once
+//! and keeps those that it has not used: `locked_vm` may be too high by that, and is never too low.
+
+use crate::ffi::{
+    percpu::PerCpu,
+    task::{
+        MemlockLimit,
+        User, //
+    }, //
+};
+use kernel::prelude::*;
+
+/// Pages that a CPU charges at once.
+const BATCH: usize = 64;
+
+/// Folios that are pinned.
+const PINNED: usize = 0;
+/// Pages that are charged and not used.
+const STOCK: usize = 1;
+
+/// The account of a memslot.
+pub(crate) struct Account {
+    /// Pays for each folio, which is a page then.
+    payer: Option<User>,
+    limit: MemlockLimit,
+    counters: PerCpu<2>,
+}
+
+impl Account {
+    /// An account that the current thread's limit counts for.
+    pub(crate) fn new(payer: Option<User>) -> Result<Self> {
+        Ok(Self {
+            payer,
+            limit: MemlockLimit::current(),
+            counters: PerCpu::new()?,
+        })
+    }
+
+    /// Folios that are pinned.
+    pub(crate) fn pinned(&self) -> u64 {
+        self.counters.sum(PINNED)
+    }
+
+    /// Pins a folio by `pin`, which says whether it was the first to. ENOMEM if the limit is reached.
+    pub(crate) fn pin<T>(&self, pin: impl FnOnce() -> Result<(T, bool)>) -> Result<T> {
+        self.charge()?;
+        let pinned = pin();
+        if matches!(pinned, Ok((_, true))) {
+            self.counters.add(PINNED, 1);
+        } else {
+            self.give_back();
+        }
+        pinned.map(|(pinned, _)| pinned)
+    }
+
+    fn charge(&self) -> Result {
+        let Some(payer) = &self.payer else {
+            return Ok(());
+        };
+        if self.limit.is_none() {
+            if !self.counters.take(STOCK) {
+                payer.charge(BATCH, self.limit);
+                self.counters.add(STOCK, BATCH as u64 - 1);
+            }
+            return Ok(());
+        }
+        payer.charge(1, self.limit).then_some(()).ok_or(ENOMEM)
+    }
+
+    /// What was charged is not needed.
+    fn give_back(&self) {
+        match &self.payer {
+            Some(_) if self.limit.is_none() => self.counters.add(STOCK, 1),
+            Some(payer) => payer.uncharge(1),
+            None => (),
+        }
+    }
+
+    /// So many folios are pinned no longer.
+    pub(crate) fn unpinned(&self, folios: usize) {
+        self.counters.add(PINNED, (folios as u64).wrapping_neg());
+        if let Some(payer) = &self.payer {
+            payer.uncharge(folios);
+        }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        if let Some(payer) = &self.payer {
+            payer.uncharge((self.pinned() + self.counters.sum(STOCK)) as usize);
+        }
+    }
+}
