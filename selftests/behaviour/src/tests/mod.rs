@@ -23,6 +23,7 @@ mod limit;
 mod notify;
 mod notify_killed;
 mod place;
+mod prefetch;
 mod scale;
 mod vcpu;
 mod vcpu_stress;
@@ -45,6 +46,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         place::TESTS,
         huge::TESTS,
         collapse::TESTS,
+        prefetch::TESTS,
         scale::TESTS,
         limit::TESTS,
     ]
