@@ -109,10 +109,10 @@ impl User {
         NonNull::new(unsafe { c::kdp_current_user_get() }).map(Self)
     }
 
-    /// Charges one pinned page, if that does not exceed `limit` pages.
-    pub(crate) fn charge(&self, limit: MemlockLimit) -> bool {
+    /// Charges pinned pages, if that does not exceed `limit` pages.
+    pub(crate) fn charge(&self, pages: usize, limit: MemlockLimit) -> bool {
         // SAFETY: The reference keeps the user valid (type invariant).
-        unsafe { c::kdp_charge_locked(self.0.as_ptr(), 1, limit.0) }
+        unsafe { c::kdp_charge_locked(self.0.as_ptr(), pages as isize, limit.0) }
     }
 
     /// Gives back `pages` that were charged.
