@@ -58,6 +58,25 @@ impl Account {
         pinned.map(|(pinned, _)| pinned)
     }
 
+    /// Pins up to `count` folios by `pin`, which says how many it did; none if the limit is reached.
+    pub(crate) fn pin_many(&self, count: usize, pin: impl FnOnce() -> usize) {
+        if let Some(payer) = &self.payer {
+            if !payer.charge(count, self.limit) {
+                return;
+            }
+        }
+        let added = pin();
+        self.counters.add(PINNED, added as u64);
+        if let Some(payer) = &self.payer {
+            payer.uncharge(count - added);
+        }
+    }
+
+    /// Whether somebody pays.
+    pub(crate) fn is_charged(&self) -> bool {
+        self.payer.is_some()
+    }
+
     fn charge(&self) -> Result {
         let Some(payer) = &self.payer else {
             return Ok(());

@@ -5,25 +5,38 @@
 //!
 //! The pins themselves are in [`Pages`], under its lock. A folio that is mapped is pinned: it is
 //! unpinned only under the lock for writing, after it was unmapped.
+//!
+//! hugetlb has one pin for each of its pages. shmem has one for each 4 KiB, whatever the folio that these
+//! are in: so each is charged, and unpinned, by itself. A folio of 2 MiB that is mapped as a block is pinned
+//! 512 times. As long as it is pinned once it is not split.
 
 use crate::{
     account::Account,
     ffi::{
         memfd::{
+            Frames,
             Memfd,
             Pfn,
             Pins,
+            FRAMES,
             PINS, //
         },
-        task::User, //
+        task::User,
+        vma::PMD_ORDER, //
     },
     pages::Pages,
-    rules::range::PageRange, //
+    rules::{
+        collapse::BLOCK_PAGES,
+        range::PageRange, //
+    }, //
 };
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*, //
 };
+
+/// A block of shmem is what one array of pins is for.
+const _: () = assert!(PINS == 1 << PMD_ORDER && PINS as u64 == BLOCK_PAGES);
 
 /// The memory.
 pub(crate) struct Backing {
@@ -42,7 +55,6 @@ impl Backing {
         if offset_bytes % granule != 0 || bytes % granule != 0 || end > memfd.size() {
             return Err(EINVAL);
         }
-        // hugetlb pages are not charged: they are reserved and limited by other means.
         let payer = (memfd.order() == 0).then_some(user);
         Ok(Self {
             memfd,
@@ -60,9 +72,77 @@ impl Backing {
         self.offset
     }
 
-    /// log2 of the pages of one folio that can be mapped as a block.
+    /// log2 of the pages that are pinned at once.
     pub(crate) fn order(&self) -> u32 {
         self.memfd.order()
+    }
+
+    /// log2 of the pages of the largest block that may be mapped by one entry. On shmem that depends on
+    /// each folio; and blocks of the memslot must be blocks of the memfd.
+    #[inline]
+    pub(crate) fn block_order(&self) -> u32 {
+        if self.is_charged() && self.offset % BLOCK_PAGES == 0 {
+            PMD_ORDER
+        } else {
+            self.order()
+        }
+    }
+
+    /// The first frame of the block of `1 << order` pages around a page whose frame this is, if one folio
+    /// holds all of it.
+    #[inline]
+    pub(crate) fn block_around<'a>(
+        &self,
+        frame: Pfn<'a>,
+        page: u64,
+        order: u32,
+    ) -> Option<Pfn<'a>> {
+        if order <= self.order() {
+            return Some(frame.sub(page & ((1 << order) - 1)));
+        }
+        self.memfd.block_around(frame, self.offset + page, order)
+    }
+
+    /// Pins all pages of a block of which [`Self::block_around`] has given the first frame; whether that was
+    /// possible.
+    pub(crate) fn pin_block(&self, pages: &Pages, page: u64, first: Pfn<'_>) -> bool {
+        if !self.is_charged() {
+            return true;
+        }
+        let (leaf, ..) = self.locate(page);
+        let Some(pins) = pages.pins.get(leaf) else {
+            return false;
+        };
+        // A page that was punched out of the memfd is another frame.
+        let Some(missing) = pins.missing(first) else {
+            return false;
+        };
+        if missing == 0 {
+            return true;
+        }
+        self.account.pin_many(missing, || pins.fill(first, missing));
+        pins.missing(first) == Some(0)
+    }
+
+    /// Whether one entry could map a block, from what is known without pinning any of it.
+    pub(crate) fn may_be_block(&self, pages: &Pages, block: PageRange) -> bool {
+        if self.order() >= PMD_ORDER {
+            return true;
+        }
+        if self.block_order() < PMD_ORDER {
+            return false;
+        }
+        let page = self.next_pinned(pages, block.first(), block.last() + 1);
+        let Some(page) = page else {
+            return self.memfd.has_block(self.offset + block.first(), PMD_ORDER);
+        };
+        let (leaf, at, _) = self.locate(page);
+        let pins = pages.pins.get(leaf);
+        let first = pins
+            .and_then(|pins| pins.get(at))
+            .and_then(|frame| self.block_around(frame, page, PMD_ORDER));
+        pins.zip(first)
+            .is_some_and(|(pins, first)| pins.missing(first).is_some())
     }
 
     /// Memory that is pinned, in pages.
@@ -94,6 +174,31 @@ impl Backing {
         self.pin(pages, leaf, at).map(|first| first.add(into))
     }
 
+    /// Whether a page's folio is pinned already.
+    pub(crate) fn is_pinned(&self, pages: &Pages, page: u64) -> bool {
+        let (leaf, at, _) = self.locate(page);
+        pages
+            .pins
+            .get(leaf)
+            .is_some_and(|pins| pins.get(at).is_some())
+    }
+
+    /// The frames of pages side by side, from `first` on, whose bits are set, where they are pinned already.
+    pub(crate) fn pinned_frames<'a>(&self, pages: &'a Pages, first: u64, bits: u64) -> Frames<'a> {
+        let mut frames = Frames::new();
+        let mut known: Option<(usize, &Pins)> = None;
+        for i in (0..FRAMES).filter(|i| bits >> i & 1 != 0) {
+            let (leaf, at, into) = self.locate(first + i as u64);
+            if known.is_none_or(|(known, _)| known != leaf) {
+                known = pages.pins.get(leaf).map(|pins| (leaf, pins));
+            }
+            if let Some(frame) = known.and_then(|(_, pins)| pins.get(at)) {
+                frames.set(i, frame.add(into));
+            }
+        }
+        frames
+    }
+
     #[cold]
     fn pin<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<Pfn<'a>> {
         self.account.pin(|| {
@@ -104,6 +209,11 @@ impl Backing {
             let pin = self.memfd.pin((leaf * PINS + at) as u64)?;
             Ok(pins.insert(at, pin))
         })
+    }
+
+    /// shmem: hugetlb pages are not charged, they are reserved and limited by other means.
+    fn is_charged(&self) -> bool {
+        self.account.is_charged()
     }
 
     /// The pages of the memslot that share their folio with a page of `range`, first and one past

@@ -7,7 +7,8 @@
 //! stage-2 entries with them, and the next touch of each block maps it by one entry.
 //!
 //! It happens once for each time that a block becomes whole: afterwards faults there are huge, and do not
-//! ask. A block is single pages again only after a page of it was made absent, by a call.
+//! ask. A block is single pages again only after a page of it was made absent, by a call. On shmem it is only
+//! asked for where one folio holds the block and all of it could be pinned.
 //!
 //! # Locks
 //!
@@ -15,6 +16,7 @@
 
 use crate::{
     ffi::{
+        memfd::Pfn,
         remap::{
             self,
             Remap,
@@ -33,21 +35,31 @@ use crate::{
 use kernel::sync::ArcBorrow;
 
 /// A fault has mapped a page, or a block of `1 << order` pages: if the next larger block around it is
-/// whole, it shall be mapped by one entry.
+/// whole, it shall be mapped by one entry. `frame` is the page's, and `word` holds the present bits around
+/// it, which say "no" nearly always.
 #[inline]
-pub(crate) fn consider(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: u32) {
+pub(crate) fn consider(
+    slot: &Memslot,
+    pages: &Pages,
+    fault: &Fault<'_>,
+    order: u32,
+    frame: Pfn<'_>,
+    word: u64,
+) {
     let next = remap::next_order(order);
-    if next <= order || next > slot.backing.order() {
+    if word != u64::MAX || next <= order || next > slot.backing.block_order() {
         return;
     }
-    // The page's own word says "no" nearly always.
-    if !pages.is_word_present(fault.pgoff()) {
+    let page = fault.pgoff();
+    let Some(first) = slot.backing.block_around(frame, page, next) else {
         return;
-    }
+    };
     let block = fault
         .block(next)
         .and_then(|first| slot.range(first, 1 << next));
-    if block.is_some_and(|block| pages.all_present(block, true)) {
+    if block.is_some_and(|block| pages.all_present(block, true))
+        && slot.backing.pin_block(pages, page, first)
+    {
         remap::request::<Memslot>(&slot.remapper, fault, next);
     }
 }

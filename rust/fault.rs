@@ -9,9 +9,11 @@
 
 use crate::{
     ahead,
+    around,
     collapse,
     events::Access,
     ffi::{
+        memfd::Pfn,
         trace,
         uapi::*,
         vma::{
@@ -22,8 +24,10 @@ use crate::{
         wait::Until, //
     },
     memslot::Memslot,
+    pages::Pages,
     rules::{
         queue::EnterError,
+        range::PageRange,
         touch::{
             decide,
             State,
@@ -66,16 +70,16 @@ impl Mapping for MemoryMapping {
         }
         loop {
             let pages = slot.pages.read();
-            let mut state = pages.state(page);
+            let (mut state, mut word) = pages.look(page);
             let source = pages.source().filter(|_| state == State::Sourced).cloned();
             if let Some(source) = &source {
                 match source.fill(&slot, &pages, page) {
-                    Ok(Filled::Now) => {
-                        slot.stats.source_reads().add(1);
-                        state = State::Present;
+                    Ok(filled) => {
+                        if filled == Filled::Now {
+                            slot.stats.source_reads().add(1);
+                        }
+                        (state, word) = pages.look(page);
                     }
-                    Ok(Filled::Already) => state = pages.state(page),
-                    Ok(Filled::NotCached) => (),
                     Err(why) => return unfilled(&slot, &fault, page, why),
                 }
             }
@@ -89,7 +93,8 @@ impl Mapping for MemoryMapping {
                     Outcome::Mapped
                 } else {
                     let outcome = fault.insert_pfn(frame);
-                    collapse::consider(&slot, &pages, &fault, 0);
+                    around::map(&slot, &pages, &fault, word);
+                    collapse::consider(&slot, &pages, &fault, 0, frame, word);
                     outcome
                 };
                 ahead::consider(slot, &pages, page);
@@ -133,33 +138,54 @@ impl Mapping for MemoryMapping {
     }
 
     fn huge_fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, order: u32) -> Outcome {
-        let Some(first) = fault.block(order).filter(|_| order <= slot.backing.order()) else {
-            return Outcome::Fallback;
-        };
-        let Some(block) = slot.range(first, 1 << order) else {
-            return Outcome::Fallback;
-        };
-        // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
-        // cannot tell (walk_to_pmd() in mm/memory.c).
-        let pages = slot.pages.write();
-        if !pages.all_present(block, true) {
+        if order > slot.backing.block_order() {
             return Outcome::Fallback;
         }
-        // One page at a time has a chance where the whole block has not, and reports what is wrong.
-        let Ok(frame) = slot.backing.frame(&pages, first) else {
+        let block = fault
+            .block(order)
+            .and_then(|first| slot.range(first, 1 << order));
+        let Some(block) = block else {
             return Outcome::Fallback;
         };
         let page = fault.pgoff();
+        // A block that cannot be mapped keeps nobody out.
+        if block_frame(&slot, &slot.pages.read(), page, order, block).is_none() {
+            return Outcome::Fallback;
+        }
+        // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
+        // cannot tell (walk_to_pmd() in mm/memory.c).
+        let pages = slot.pages.write();
+        let first = block_frame(&slot, &pages, page, order, block)
+            .filter(|&first| slot.backing.pin_block(&pages, page, first));
+        let Some(frame) = first else {
+            return Outcome::Fallback;
+        };
         let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_RETRY);
         let outcome = fault.insert_block(frame, order);
         if outcome == Outcome::Fallback {
             return outcome;
         }
-        collapse::consider(&slot, &pages, &fault, order);
+        collapse::consider(&slot, &pages, &fault, order, frame, u64::MAX);
         ahead::consider(slot, &pages, page);
         drop(pages);
         mapped(&slot, fault, page, order, outcome, exits)
     }
+}
+
+/// The first frame of a block around `page`, if all of it is present and one folio holds it. What is wrong
+/// otherwise is reported by the page's own fault, which has a chance where the block has none.
+fn block_frame<'a>(
+    slot: &Memslot,
+    pages: &'a Pages,
+    page: u64,
+    order: u32,
+    block: PageRange,
+) -> Option<Pfn<'a>> {
+    if !pages.all_present(block, true) {
+        return None;
+    }
+    let frame = slot.backing.frame(pages, page).ok()?;
+    slot.backing.block_around(frame, page, order)
 }
 
 /// KVM brings a page in for a guest: a stage-2 fault, or a page that it shares with the guest. Only

@@ -43,6 +43,60 @@ bool kdp_fault_is_in_block(const struct vm_fault *vmf)
 	return pmd_trans_huge(pmdp_get_lockless(vmf->pmd));
 }
 
+/*
+ * Whether an address near a fault of one page is mapped, or is none of the area's
+ * in the same page table. The fault's mmap lock keeps the table: without it for
+ * writing, the kernel frees page tables of shmem's own mappings alone
+ * (retract_page_tables() in mm/khugepaged.c) and for MADV_DONTNEED, which
+ * VM_PFNMAP refuses.
+ */
+bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address)
+{
+	pmd_t pmd = pmdp_get_lockless(vmf->pmd);
+
+	if (address < vmf->vma->vm_start || address >= vmf->vma->vm_end ||
+	    (address ^ vmf->address) & PMD_MASK ||
+	    !pmd_present(pmd) || pmd_leaf(pmd))
+		return true;
+	return !pte_none(ptep_get_lockless(pte_offset_kernel(&pmd, address)));
+}
+
+struct around {
+	const struct vm_area_struct *vma;
+	unsigned long start;
+	const unsigned long *pfns;
+};
+
+/* As insert_pfn() in mm/memory.c. The page table is locked. */
+static int insert_around(pte_t *pte, unsigned long address, void *data)
+{
+	const struct around *around = data;
+	unsigned long pfn = around->pfns[(address - around->start) >> PAGE_SHIFT];
+
+	if (pfn && pte_none(ptep_get(pte)))
+		set_pte_at(around->vma->vm_mm, address, pte,
+			   pte_mkspecial(pfn_pte(pfn, around->vma->vm_page_prot)));
+	return 0;
+}
+
+/*
+ * Maps @count page frames from @address on where nothing is mapped; one that is
+ * 0 is left out. No huge entry is there.
+ */
+void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
+		     const unsigned long *pfns, unsigned long count)
+{
+	struct around around = {
+		.vma = vma,
+		.start = address,
+		.pfns = pfns,
+	};
+
+	/* What fails for want of a page table is left to its own fault. */
+	apply_to_page_range(vma->vm_mm, address, count << PAGE_SHIFT,
+			    insert_around, &around);
+}
+
 /* Whether nothing is mapped yet at the size of a huge fault. */
 bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order)
 {
@@ -221,6 +275,40 @@ long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
 		return -ENOMEM;
 	*pfn = folio_pfn(folio) + (offset >> PAGE_SHIFT);
 	return 0;
+}
+
+/*
+ * Whether the page at @index of @memfd is @pfn, which is pinned, in a folio as
+ * large as the block of 1 << @order pages around it. Folios are aligned to their
+ * size both in the file and in memory.
+ */
+bool kdp_pfn_is_in_block(struct file *memfd, unsigned long pfn, pgoff_t index,
+			 unsigned int order)
+{
+	struct folio *folio = pfn_folio(pfn);
+
+	return folio_order(folio) >= order &&
+	       READ_ONCE(folio->mapping) == memfd->f_mapping &&
+	       folio->index + (pfn - folio_pfn(folio)) == index;
+}
+
+/* Whether @memfd has a folio of that size at @index. Nothing keeps it. */
+bool kdp_memfd_has_block(struct file *memfd, pgoff_t index, unsigned int order)
+{
+	struct folio *folio = filemap_get_folio(memfd->f_mapping, index);
+	bool has;
+
+	if (IS_ERR(folio))
+		return false;
+	has = folio_order(folio) >= order;
+	folio_put(folio);
+	return has;
+}
+
+/* Pins the folio of @pfn, which is pinned, @times more. */
+int kdp_pin_again(unsigned long pfn, unsigned int times)
+{
+	return folio_add_pins(pfn_folio(pfn), times);
 }
 
 void kdp_unpin_pfn(unsigned long pfn)

@@ -29,6 +29,9 @@ struct kdp_fault {
 };
 void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out);
 bool kdp_fault_is_in_block(const struct vm_fault *vmf);
+bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address);
+void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
+		     const unsigned long *pfns, unsigned long count);
 bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order);
 void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
@@ -57,6 +60,10 @@ bool kdp_file_writable(struct file *file);
 int kdp_mapping_hold_writable(struct file *file);
 void kdp_mapping_release_writable(struct file *file);
 long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn);
+bool kdp_pfn_is_in_block(struct file *memfd, unsigned long pfn, pgoff_t index,
+			 unsigned int order);
+bool kdp_memfd_has_block(struct file *memfd, pgoff_t index, unsigned int order);
+int kdp_pin_again(unsigned long pfn, unsigned int times);
 void kdp_unpin_pfn(unsigned long pfn);
 void kdp_zero_pfn(unsigned long pfn);
 void *kdp_page_words(struct page *page);

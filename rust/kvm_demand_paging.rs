@@ -13,6 +13,7 @@ mod rules;
 
 mod account;
 mod ahead;
+mod around;
 mod backing;
 mod collapse;
 mod device;
@@ -45,12 +46,21 @@ module! {
             default: 200,
             description: "Longest time that a thread looks out for its page before it sleeps, in microseconds; 0: sleep at once",
         },
+        fault_around_pages: u32 {
+            default: 16,
+            description: "Pages that a fault of a present page maps at most, itself among them: a power of two up to 512; 0: itself alone",
+        },
     },
 }
 
 /// Longest time that a thread looks out for its page before it sleeps.
 fn max_poll_ns() -> u64 {
     u64::from(module_parameters::wait_poll_us.value()) * 1000
+}
+
+/// The pages of the window that a fault maps.
+fn fault_around_pages() -> u64 {
+    u64::from(module_parameters::fault_around_pages.value())
 }
 
 /// The loaded module. The device goes first: it is what brings users in.
@@ -70,6 +80,11 @@ impl InPlaceModule for KvmDemandPaging {
         // SAFETY: As above.
         let kvm = unsafe { ffi::tracepoint::Watch::new() };
         try_pin_init!(Self {
+            _: {
+                if !rules::around::is_size(module_parameters::fault_around_pages.value()) {
+                    return Err(EINVAL);
+                }
+            },
             kvm <- kvm,
             work: ffi::work::WorkQueue::new()?,
             device <- device::Control::node(),

@@ -298,7 +298,7 @@ impl Memslot {
         let end = end.next_multiple_of(BLOCK_PAGES).min(self.place.nr_pages);
         if let Some(range) = self.range(start, end - start) {
             // Not killed: that is for longer ranges than a call may leave half done.
-            self.collapse_blocks(range, &mut Collapsed::default());
+            self.collapse_blocks(range, None);
         }
     }
 
@@ -315,20 +315,26 @@ impl Memslot {
             }
             let stop = end.min((first / CHUNK_PAGES + 1) * CHUNK_PAGES);
             let part = self.range(first, stop - first).ok_or(EINVAL)?;
-            self.collapse_blocks(part, report);
+            self.collapse_blocks(part, Some(report));
             first = stop;
         }
         Ok(())
     }
 
-    /// The caller has `changes`.
-    fn collapse_blocks(&self, range: PageRange, report: &mut Collapsed) {
+    /// Unmaps the blocks of a range that are whole, and may be huge; says of each what it is, if that is
+    /// asked for. The caller has `changes`.
+    fn collapse_blocks(&self, range: PageRange, mut report: Option<&mut Collapsed>) {
         let mut run: Option<(u64, u64)> = None;
         for (block, is_full) in blocks(range) {
-            let is_huge = is_full && self.backing.order() >= BLOCK_PAGES.trailing_zeros();
             let pages = self.pages.read();
-            if is_huge && pages.all_present(block, true) {
-                report.whole += block.count();
+            let is_whole = is_full && pages.all_present(block, true);
+            let is_huge = is_full
+                && (is_whole || report.is_some())
+                && self.backing.may_be_block(&pages, block);
+            if is_whole && is_huge {
+                if let Some(report) = &mut report {
+                    report.whole += block.count();
+                }
                 run = Some(
                     run.map_or((block.first(), block.count()), |(first, count)| {
                         (first, count + block.count())
@@ -336,12 +342,14 @@ impl Memslot {
                 );
                 continue;
             }
-            if is_huge {
-                report.incomplete += block.count();
-                let missing = report.missing.or_else(|| pages.first_missing(block));
-                report.missing = missing;
-            } else {
-                report.small += block.count();
+            match &mut report {
+                Some(report) if is_huge => {
+                    report.incomplete += block.count();
+                    let missing = report.missing.or_else(|| pages.first_missing(block));
+                    report.missing = missing;
+                }
+                Some(report) => report.small += block.count(),
+                None => (),
             }
             drop(pages);
             if let Some((first, count)) = run.take() {
@@ -581,7 +589,7 @@ impl FileOps for Memslot {
     fn left_by(_this: ArcBorrow<'_, Self>, _reader: Owner) {}
 
     fn block_order(&self) -> u32 {
-        self.backing.order()
+        self.backing.block_order()
     }
 
     fn remapper(&self) -> Option<&Remapper> {

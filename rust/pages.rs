@@ -157,49 +157,45 @@ impl Pages {
     /// The state of a page.
     #[inline]
     pub(crate) fn state(&self, page: u64) -> State {
+        self.look(page).0
+    }
+
+    /// The state of a page, and the present bits of those in the same word.
+    #[inline]
+    pub(crate) fn look(&self, page: u64) -> (State, u64) {
         let Mode::On { default } = self.mode else {
             return if self.mode == Mode::Off {
-                State::Present
+                (State::Present, u64::MAX)
             } else {
-                State::Removed
+                (State::Removed, 0)
             };
         };
         let (chunk, word, bit) = range::locate(page);
         let present = Self::words(&self.present, chunk);
-        let is_present =
-            |words: Option<&[SharedWord]>| words.map_or(default, |w| bits::is_set(w, word, bit));
-        if is_present(present) {
-            return State::Present;
+        let all = if default { u64::MAX } else { 0 };
+        let around =
+            |words: Option<&[SharedWord]>| words.map_or(all, |words| words[word].load_acquire());
+        let seen = around(present);
+        if seen & bit != 0 {
+            return (State::Present, seen);
         }
         if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
-            return State::Zero;
+            return (State::Zero, seen);
         }
         // It may have been zero and become present between the two looks: who sees the zero bit cleared
         // sees the present bit, which is set first, perhaps in a chunk that is new.
-        let present = present.or_else(|| Self::words(&self.present, chunk));
-        if is_present(present) {
-            return State::Present;
-        }
+        let seen = around(present.or_else(|| Self::words(&self.present, chunk)));
         let is_sourced = |supply: &Supply| {
             Self::words(&supply.has, chunk)
                 .map_or(supply.default, |words| bits::is_set(words, word, bit))
         };
-        if self.supply.as_ref().is_some_and(is_sourced) {
-            State::Sourced
+        if seen & bit != 0 {
+            (State::Present, seen)
+        } else if self.supply.as_ref().is_some_and(is_sourced) {
+            (State::Sourced, seen)
         } else {
-            State::Absent
+            (State::Absent, seen)
         }
-    }
-
-    /// Whether the page, which is present, may be in a block that is: whether those whose bits are in the
-    /// same word are.
-    #[inline]
-    pub(crate) fn is_word_present(&self, page: u64) -> bool {
-        let Mode::On { default } = self.mode else {
-            return self.mode == Mode::Off;
-        };
-        let (chunk, word, _) = range::locate(page);
-        Self::words(&self.present, chunk).map_or(default, |w| bits::is_set_all(w, word))
     }
 
     /// Whether the present bit of every page of a range is `value`.

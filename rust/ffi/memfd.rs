@@ -56,8 +56,8 @@ impl Memfd {
         Ok(Self { file, order })
     }
 
-    /// log2 of the pages of one allocation of the memfd: 0 for shmem, that of the huge page for
-    /// hugetlb.
+    /// log2 of the pages of one allocation of the memfd: that of the huge page for hugetlb; 0 for shmem,
+    /// which may hold larger folios, too.
     pub(crate) fn order(&self) -> u32 {
         self.order
     }
@@ -81,6 +81,34 @@ impl Memfd {
         to_result(unsafe { c::kdp_pin_page(self.file.as_ptr(), index, &mut pfn) as i32 })?;
         // INVARIANT: The page was just pinned.
         Ok(Pinned { pfn })
+    }
+}
+
+impl Memfd {
+    /// The first frame of the block of `1 << order` pages around `frame`, if that is where it was at
+    /// `index` when it was pinned and all of the block is in its folio.
+    #[inline]
+    pub(crate) fn block_around<'a>(
+        &self,
+        frame: Pfn<'a>,
+        index: u64,
+        order: u32,
+    ) -> Option<Pfn<'a>> {
+        // SAFETY: The file is valid; the frame's folio is pinned, so it is not split and does not go.
+        let is_in_block = unsafe {
+            c::kdp_pfn_is_in_block(self.file.as_ptr(), frame.number, index as usize, order)
+        };
+        let into = index as usize & ((1 << order) - 1);
+        is_in_block.then_some(Pfn {
+            number: frame.number.wrapping_sub(into),
+            _pinned: PhantomData,
+        })
+    }
+
+    /// Whether the page at `index` is in a folio of `1 << order` pages or more, just now.
+    pub(crate) fn has_block(&self, index: u64, order: u32) -> bool {
+        // SAFETY: The file is valid.
+        unsafe { c::kdp_memfd_has_block(self.file.as_ptr(), index as usize, order) }
     }
 }
 
@@ -124,11 +152,50 @@ impl Pfn<'_> {
         }
     }
 
+    /// The frame `pages` before in the same folio.
+    #[inline]
+    pub(crate) fn sub(self, pages: u64) -> Self {
+        Self {
+            number: self.number - pages as usize,
+            _pinned: PhantomData,
+        }
+    }
+
     /// Fills the page with zeros.
     pub(crate) fn zero(self) {
         // SAFETY: The page is pinned. It is memory that processes may read and write at any time, to
         // which no Rust reference exists.
         unsafe { c::kdp_zero_pfn(self.number) };
+    }
+}
+
+/// Frames of up to this many pages side by side.
+pub(crate) const FRAMES: usize = 64;
+
+/// Frames of pages side by side, some of which may be left out.
+///
+/// # Invariants
+///
+/// A number that is not 0 is that of a [`Pfn<'a>`]. (Frame 0 is never memory of a file.)
+pub(crate) struct Frames<'a> {
+    pub(super) numbers: [usize; FRAMES],
+    _pinned: PhantomData<Pfn<'a>>,
+}
+
+impl<'a> Frames<'a> {
+    /// None.
+    pub(crate) fn new() -> Self {
+        // INVARIANT: All are 0.
+        Self {
+            numbers: [0; FRAMES],
+            _pinned: PhantomData,
+        }
+    }
+
+    /// Puts a frame in its place.
+    pub(crate) fn set(&mut self, at: usize, frame: Pfn<'a>) {
+        // INVARIANT: It is that of a `Pfn<'a>`.
+        self.numbers[at] = frame.number;
     }
 }
 
@@ -186,6 +253,44 @@ impl Pins {
             _pinned: PhantomData,
         };
         (frame, added)
+    }
+
+    /// How many of the allocations are not pinned, if those that are pinned are the frames from `first` on,
+    /// one each.
+    pub(crate) fn missing(&self, first: Pfn<'_>) -> Option<usize> {
+        let mut missing = 0;
+        for (frame, number) in self.frames.iter().zip(first.number..) {
+            match frame.load(Relaxed) {
+                0 => missing += 1,
+                raw if raw >> 1 == number => (),
+                _ => return None,
+            }
+        }
+        Some(missing)
+    }
+
+    /// Pins up to `most` allocations that are not pinned, where they are the frames from `first` on, all of
+    /// them of one folio. Returns how many were added.
+    pub(crate) fn fill(&self, first: Pfn<'_>, most: usize) -> usize {
+        // SAFETY: The folio is pinned.
+        if unsafe { c::kdp_pin_again(first.number, most as u32) } != 0 {
+            return 0;
+        }
+        let mut left = most;
+        for (frame, number) in self.frames.iter().zip(first.number..) {
+            if left == 0 {
+                break;
+            }
+            // INVARIANT: One of the pins that were just taken is the array's now.
+            if frame.load(Relaxed) == 0 && frame.cmpxchg(0, number << 1 | 1, Relaxed).is_ok() {
+                left -= 1;
+            }
+        }
+        for _ in 0..left {
+            // INVARIANT: This pin was taken, and is nobody's.
+            drop(Pinned { pfn: first.number });
+        }
+        most - left
     }
 
     /// The first allocation from `from` on that is pinned.

@@ -7,7 +7,10 @@
 use super::{
     c,
     file::RawFile,
-    memfd::Pfn, //
+    memfd::{
+        Frames,
+        Pfn, //
+    }, //
 };
 use core::marker::PhantomData;
 use kernel::{
@@ -169,6 +172,54 @@ impl Fault<'_> {
         Outcome::from_insert(unsafe {
             bindings::vmf_insert_pfn(self.info.vma, self.info.address, pfn.number)
         })
+    }
+
+    /// The area's pages, first and one past the last, as offsets in the file.
+    pub(crate) fn area(&self) -> (u64, u64) {
+        let into = (self.address() - self.vma().start()) / PAGE_SIZE;
+        let pages = (self.vma().end() - self.vma().start()) / PAGE_SIZE;
+        let first = self.pgoff() - into as u64;
+        (first, first + pages as u64)
+    }
+
+    /// Where a page of the area is; none if it is outside.
+    fn address_of(&self, page: u64) -> Option<usize> {
+        let (first, end) = self.area();
+        let inside = first <= page && page < end;
+        inside.then(|| self.vma().start() + (page - first) as usize * PAGE_SIZE)
+    }
+
+    /// Whether a page near the fault's is mapped, or cannot be by the same page table.
+    #[inline]
+    pub(crate) fn is_mapped_near(&self, page: u64) -> bool {
+        let distance = (page.wrapping_sub(self.pgoff()) as usize).wrapping_mul(PAGE_SIZE);
+        // SAFETY: The fault is being handled (type invariant); any address will do.
+        unsafe { c::kdp_fault_is_mapped(self.raw, self.address().wrapping_add(distance)) }
+    }
+
+    /// Maps page frames where nothing is mapped: those of pages side by side, of which `first` is the first.
+    /// What lies outside the area is left out. No block is mapped there, which the caller's lock ensures.
+    pub(crate) fn insert_frames(&self, first: u64, frames: &Frames<'_>) {
+        let is_there = |number: &usize| *number != 0;
+        let Some(from) = frames.numbers.iter().position(is_there) else {
+            return;
+        };
+        let to = frames.numbers.iter().rposition(is_there).unwrap_or(from);
+        let Some(address) = self.address_of(first + from as u64) else {
+            return;
+        };
+        if self.address_of(first + to as u64).is_some() {
+            // SAFETY: The area is valid and holds all these addresses. The frames are pinned, as in
+            // `insert_pfn()`.
+            unsafe {
+                c::kdp_insert_pfns(
+                    self.info.vma,
+                    address,
+                    frames.numbers[from..].as_ptr(),
+                    to - from + 1,
+                )
+            };
+        }
     }
 
     /// The block of `1 << order` pages around the fault, as offsets in the file, if the whole of it

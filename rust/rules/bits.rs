@@ -28,11 +28,6 @@ pub fn is_set<W: Word>(words: &[W], word: usize, bit: u64) -> bool {
     words[word].load_acquire() & bit != 0
 }
 
-/// Whether all bits of a word are set.
-pub fn is_set_all<W: Word>(words: &[W], word: usize) -> bool {
-    words[word].load_acquire() == u64::MAX
-}
-
 /// Sets the bits of a part; returns how many this call changed.
 pub fn set<W: Word>(words: &[W], part: ChunkPart) -> u64 {
     part.words()

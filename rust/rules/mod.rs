@@ -6,6 +6,7 @@
 //! property-tested and model-checked. They hold no `unsafe`, take no lock and never sleep: the
 //! caller owns the locks and says so where it calls.
 
+pub mod around;
 pub mod bits;
 pub mod collapse;
 pub mod name;

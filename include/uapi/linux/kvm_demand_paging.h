@@ -141,7 +141,9 @@ struct kdp_info {
  * The memfd's pages are pinned one by one as they are mapped. Pinned shmem
  * pages are charged to the RLIMIT_MEMLOCK of the user who opened the VM, with
  * the limit that the caller of this ioctl has; CAP_IPC_LOCK lifts it. hugetlb
- * pages are not charged.
+ * pages are not charged. A block of shmem that is mapped by one entry, because
+ * the memfd holds a folio of 2 MiB there and @memfd_offset is a multiple of
+ * 2 MiB, has all its pages pinned and charged.
  *
  * Errors beside the common ones:
  *
@@ -391,12 +393,14 @@ struct kdp_vcpu_exits {
  * @collapsed: out: pages of blocks that are whole
  * @incomplete: out: pages of blocks that lack a page
  * @small: out: pages that no huge entry can map: their memory is no huge page,
- *         or the range holds a part of their block only
+ *         on shmem no folio of 2 MiB that is aligned like the block, or the
+ *         range holds a part of their block only
  * @missing: out: the first page of the range, in a block that is counted in
  *           @incomplete, that is absent or zero; all ones if there is none
  *
  * Have blocks mapped by one entry that are mapped by single pages. A block is
- * what one page table entry can map, 2 MiB, on a memfd of huge pages; on one of
+ * what one page table entry can map, 2 MiB, on a memfd of huge pages, or of
+ * shmem where it holds a folio of that size; on one of
  * 1 GiB pages it may become a part of an entry of 1 GiB. It is whole when all
  * its pages are present. Whole blocks are unmapped from every process, and each
  * process maps them by one entry at its next touches.
@@ -404,7 +408,8 @@ struct kdp_vcpu_exits {
  * That happens by itself to a block that is touched, or made whole by KDP_MARK,
  * so this is for blocks that became whole by bits set by hand and of which only
  * pages are touched that were mapped before. Blocks that are huge already cost a
- * fault each.
+ * fault each. A block of shmem whose pages RLIMIT_MEMLOCK leaves no room for
+ * stays small.
  *
  * @collapsed + @incomplete + @small = @count; they are written also when the
  * call fails half-way.

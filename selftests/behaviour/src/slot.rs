@@ -27,6 +27,9 @@ pub const PAGE: u64 = 4096;
 /// Pages of a 2 MiB block.
 pub const BLOCK: u64 = 512;
 
+/// Pages of the window that a fault maps where they are present (the module's parameter fault_around_pages).
+pub const WINDOW: u64 = 16;
+
 /// Pages of a 1 GiB block.
 pub const GIGANTIC: u64 = BLOCK * BLOCK;
 

@@ -8,6 +8,7 @@ mod host;
 mod loomed;
 mod ranges;
 
+mod around;
 mod bits;
 mod collapse;
 mod loom_bits;

@@ -207,6 +207,8 @@ fn guest_row(case: &Case, clock: Clock, reports: &[Report]) -> Row {
         exits: median(reports.iter().map(|report| report.exits as f64)) as u64,
         events: median(reports.iter().map(|report| report.events as f64)) as u64,
         pages: reports.first().map_or(0, |report| report.visited),
+        pages_fetched: median(reports.iter().map(|report| report.pages_fetched as f64)) as u64,
+        pages_unneeded: median(reports.iter().map(|report| report.pages_unneeded as f64)) as u64,
         fault_bytes: case.mode.fault_bytes(case.backing),
         runs: reports.len(),
         us_per_page_range: range(reports.iter().map(Report::us_per_page)),

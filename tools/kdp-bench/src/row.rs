@@ -58,6 +58,12 @@ pub struct Row {
     /// Pages that the guest visited: userfaultfd on huge pages resolves a whole one by each fault, so there
     /// it visits one page in each.
     pub pages: u64,
+    /// Pages of 4 KiB that were fetched.
+    #[serde(default)]
+    pub pages_fetched: u64,
+    /// Of those, pages that the guest never touched.
+    #[serde(default)]
+    pub pages_unneeded: u64,
     /// Bytes that one fault brings.
     pub fault_bytes: u64,
     /// How often it was measured.
@@ -156,6 +162,8 @@ pub mod tests {
             exits: 0,
             events: 0,
             pages: 4096,
+            pages_fetched: 4096,
+            pages_unneeded: 0,
             fault_bytes: 4096,
             runs: 1,
             us_per_page_range: [us, us],

@@ -49,6 +49,8 @@ pub fn row(bytes: u64, clock: Clock, us: &mut [f64]) -> Row {
         exits: 0,
         events: 0,
         pages,
+        pages_fetched: 0,
+        pages_unneeded: 0,
         fault_bytes: PAGE_SIZE,
         runs: us.len(),
         us_per_page_range: range(us.iter().map(|us| us / pages as f64)),

@@ -83,6 +83,14 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value_t = PatternArg::Random)]
     pattern: PatternArg,
 
+    /// Visit only every Nth page
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    stride: u64,
+
+    /// Visit only the first so many pages
+    #[arg(long, value_name = "PAGES")]
+    extent: Option<u64>,
+
     /// Write a word to each page, too
     #[arg(long)]
     write: bool,
@@ -122,6 +130,8 @@ impl RunArgs {
             vcpus: self.vcpus,
             pattern: self.pattern.into(),
             seed: self.seed,
+            stride: self.stride,
+            extent: self.extent,
             write: self.write,
             rounds: self.rounds,
             gpa: self.gpa,

@@ -17,6 +17,8 @@ pub fn json(config: &Config, report: &Report) -> String {
         "pages": report.visited,
         "fault_bytes": config.mode.fault_bytes(config.backing),
         "fetched": report.fetched,
+        "pages_fetched": report.pages_fetched,
+        "pages_unneeded": report.pages_unneeded,
         "exits": report.exits,
         "events": report.events,
         "seconds": report.elapsed.as_secs_f64(),
@@ -62,10 +64,11 @@ pub fn table(config: &Config, report: &Report) -> String {
     row(
         "pages",
         format!(
-            "{} visited; {} fetches of {} KiB",
+            "{} visited; {} fetches of {} KiB; {} pages fetched and never touched",
             report.visited,
             report.fetched,
-            config.mode.fault_bytes(config.backing) >> 10
+            config.mode.fault_bytes(config.backing) >> 10,
+            report.pages_unneeded
         ),
     );
     row("exits", report.exits.to_string());

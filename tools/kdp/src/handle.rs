@@ -276,7 +276,7 @@ fn write_json(path: &Path, report: &Report) -> Result<(), Failure> {
 fn print(report: &Report) {
     let touched = &report.touched;
     println!(
-        "fetched {} of {} pages ({} on demand, {} in the background; {} of zeros, {} came too late, {} unreadable)",
+        "fetched {} of {} pages ({} on demand, {} in the background, unasked; {} of zeros, {} came too late, {} unreadable)",
         report.pages_fetched,
         report.pages,
         report.pages_on_demand,

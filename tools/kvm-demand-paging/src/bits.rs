@@ -48,6 +48,20 @@ impl<'a> Bits<'a> {
         word.fetch_or(mask, Ordering::AcqRel) & mask == 0
     }
 
+    /// Set a run of bits, as [`Self::set`] does, word by word; how many of them this call set.
+    pub(crate) fn set_range(&self, range: PageRange) -> u64 {
+        let (mut at, mut set) = (range.first, 0);
+        while at < range.end() {
+            let (word, _) = self.at(at);
+            let stop = range.end().min((at / BITS + 1) * BITS);
+            assert!(stop <= self.len, "{range:?} of {} pages", self.len);
+            let mask = (u64::MAX >> (BITS - (stop - at)) << (at % BITS)).to_le();
+            set += u64::from((mask & !word.fetch_or(mask, Ordering::AcqRel)).count_ones());
+            at = stop;
+        }
+        set
+    }
+
     /// Whether this call cleared the bit.
     pub(crate) fn clear(&self, bit: u64) -> bool {
         let (word, mask) = self.at(bit);
@@ -117,6 +131,23 @@ mod tests {
     }
 
     proptest! {
+        /// Against setting them one by one.
+        #[test]
+        fn a_run_is_set_as_its_bits_are(
+            before in prop::collection::vec(any::<bool>(), 1..300),
+            (from, to) in (0..300u64, 0..300u64),
+        ) {
+            let len = before.len() as u64;
+            let (from, to) = (from.min(to).min(len), from.max(to).min(len));
+            let (a, b) = (words(&before), words(&before));
+            let (a, b) = (Bits::new(&a, len), Bits::new(&b, len));
+            let one_by_one = (from..to).filter(|&bit| a.set(bit)).count() as u64;
+            prop_assert_eq!(b.set_range(PageRange::from(from..to)), one_by_one);
+            for bit in 0..len {
+                prop_assert_eq!(a.get(bit), b.get(bit), "bit {}", bit);
+            }
+        }
+
         #[test]
         fn agrees_with_a_vector_of_bools(
             model in prop::collection::vec(any::<bool>(), 1..300),

@@ -23,7 +23,7 @@ tests! {
 
 /// Makes this process one of a user whom nobody else is, who may lock so many pages. It keeps root's other
 /// powers.
-fn become_limited(pages: u64) -> Result {
+pub(super) fn become_limited(pages: u64) -> Result {
     const CAP_IPC_LOCK: u32 = 14;
     const VERSION_3: u32 = 0x2008_0522;
     #[repr(C)]

@@ -11,6 +11,7 @@ macro_rules! tests {
     };
 }
 
+mod around;
 mod bitmap;
 mod collapse;
 mod fault;
@@ -23,7 +24,9 @@ mod limit;
 mod notify;
 mod notify_killed;
 mod place;
+mod prefetch;
 mod scale;
+mod shmem;
 mod source;
 mod vcpu;
 mod vcpu_stress;
@@ -34,6 +37,7 @@ use crate::harness::Test;
 pub fn all() -> impl Iterator<Item = &'static Test> {
     [
         fault::TESTS,
+        around::TESTS,
         fault_kvm::TESTS,
         fault_vhost::TESTS,
         vcpu::TESTS,
@@ -46,6 +50,8 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         place::TESTS,
         huge::TESTS,
         collapse::TESTS,
+        shmem::TESTS,
+        prefetch::TESTS,
         scale::TESTS,
         source::TESTS,
         limit::TESTS,

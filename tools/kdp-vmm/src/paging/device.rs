@@ -19,6 +19,9 @@ use crate::memory::{populate, GuestMemory, PAGE_SIZE};
 use crate::source::Source;
 use crate::vcpu::MemoryFault;
 
+/// Pages that are fetched at once ahead of a guest.
+const RUN: u64 = 64;
+
 /// The only memslot.
 const SLOT: u32 = 0;
 
@@ -85,21 +88,48 @@ impl DevicePager {
         Ok(claimed)
     }
 
-    /// Fill what follows a page that is there, up to `pages` in all, and stop where somebody else is at it.
-    fn fill_ahead(&self, first: u64, pages: u64) -> Result<u64> {
-        for page in (first + 1)..first.saturating_add(pages).min(self.alias.pages()) {
-            match self.claims.claim(page) {
-                Some(true) => {
-                    let range = PageRange::page(page);
-                    self.source.fetch(range, &self.alias.slice(range)?)?;
-                    self.counters.add_fetch();
-                    self.bitmap.set(page);
-                }
-                _ if self.bitmap.is_present(page) => {}
-                _ => return Ok(page - first),
+    /// Fill pages one after the other, up or down, and stop where somebody else is at it. Returns how many are
+    /// present.
+    fn fill_run(&self, pages: impl Iterator<Item = u64>) -> Result<u64> {
+        let (mut run, mut present) = (PageRange::new(0, 0), 0);
+        for page in pages {
+            let mine = self.claims.claim(page) == Some(true);
+            if !mine && !self.bitmap.is_present(page) {
+                break;
             }
+            // Who needs one of them in the meantime waits for a run at most.
+            if !mine || run.count == RUN {
+                self.fill_claimed(&mut run)?;
+            }
+            if mine {
+                run = match run.count {
+                    0 => PageRange::page(page),
+                    count => PageRange::new(run.first.min(page), count + 1),
+                };
+            }
+            present += 1;
         }
-        Ok(pages.min(self.alias.pages() - first))
+        self.fill_claimed(&mut run)?;
+        Ok(present)
+    }
+
+    /// Fill what was claimed.
+    fn fill_claimed(&self, run: &mut PageRange) -> Result<()> {
+        if !run.is_empty() {
+            self.source.fetch(*run, &self.alias.slice(*run)?)?;
+            self.counters.add_fetches(run.count);
+            self.bitmap.set_range(*run);
+            *run = PageRange::new(0, 0);
+        }
+        Ok(())
+    }
+
+    /// Fill what is around a page that is there; returns what of it is present.
+    fn fill_around(&self, page: u64, window: PageRange) -> Result<PageRange> {
+        let end = window.end().min(self.alias.pages());
+        let after = self.fill_run(page + 1..end)?;
+        let before = self.fill_run((window.first..page).rev())?;
+        Ok(PageRange::from(page - before..page + 1 + after))
     }
 
     fn handle(&self, stop: &Stopper) -> Result<()> {
@@ -144,7 +174,7 @@ impl Pager for DevicePager {
     }
 
     #[inline]
-    fn resolve(&self, fault: &MemoryFault, pages: u64) -> Result<u64> {
+    fn resolve(&self, fault: &MemoryFault, window: PageRange) -> Result<PageRange> {
         let exit = FaultExit::decode(fault.flags, fault.gpa, fault.size);
         match exit.map(|exit| exit.reason) {
             Some(Reason::Absent) => {
@@ -152,10 +182,13 @@ impl Pager for DevicePager {
                 if self.fill(page)? {
                     self.bitmap.set(page);
                 }
-                match pages {
-                    0 | 1 => Ok(1),
-                    _ => self.fill_ahead(page, pages),
+                if window.count <= 1 {
+                    return Ok(window);
                 }
+                let base = self.gpa / PAGE_SIZE;
+                let inside = window.first.max(base) - base..window.end() - base;
+                let present = self.fill_around(page, inside.into())?;
+                Ok(PageRange::new(base + present.first, present.count))
             }
             Some(Reason::NoMemory) => Err(Error::invalid(format!(
                 "the page at {:#x} cannot be pinned: memory is short, or RLIMIT_MEMLOCK is reached (ulimit -l)",

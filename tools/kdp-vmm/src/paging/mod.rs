@@ -10,7 +10,7 @@ mod uffd_sys;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use kvm_demand_paging::{AliasMap, Backing};
+use kvm_demand_paging::{AliasMap, Backing, PageRange};
 
 pub use self::stopper::Stopper;
 use crate::error::{Error, Result};
@@ -57,10 +57,10 @@ impl Mode {
         }
     }
 
-    /// The most pages that are fetched for one exit.
+    /// The most pages that are fetched for one exit: a block that one huge entry maps.
     pub fn prefetch(self) -> u64 {
         match self {
-            Self::Prefetch => 64,
+            Self::Prefetch => 512,
             _ => 1,
         }
     }
@@ -85,7 +85,11 @@ impl Counters {
     }
 
     fn add_fetch(&self) {
-        self.fetched.fetch_add(1, Ordering::Relaxed);
+        self.add_fetches(1);
+    }
+
+    fn add_fetches(&self, count: u64) {
+        self.fetched.fetch_add(count, Ordering::Relaxed);
     }
 
     fn add_event(&self) {
@@ -109,10 +113,10 @@ pub trait Pager: Send + Sync {
         Ok(())
     }
 
-    /// Get the page that a vCPU's KVM_RUN returned for, and up to `pages` from it on. Returns how many from it
-    /// on are there now.
-    fn resolve(&self, fault: &MemoryFault, pages: u64) -> Result<u64> {
-        let _ = pages;
+    /// Get the page that a vCPU's KVM_RUN returned for, and then those around it that are in `window`, by guest
+    /// frame numbers. Returns which of them, the page among them, are there now.
+    fn resolve(&self, fault: &MemoryFault, window: PageRange) -> Result<PageRange> {
+        let _ = window;
         Err(Error::invalid(format!(
             "KVM_RUN returned in a mode without fault exits: {fault:x?}"
         )))

@@ -120,8 +120,8 @@ fn run_vcpu(
         match vcpu.run()? {
             Stop::Fault(fault) => {
                 outcome.exits += 1;
-                let pages = pager.resolve(&fault, window.fault(fault.gpa / PAGE_SIZE))?;
-                vcpu.pre_fault(fault.gpa, pages * PAGE_SIZE);
+                let there = pager.resolve(&fault, window.fault(fault.gpa / PAGE_SIZE))?;
+                vcpu.pre_fault(there.first * PAGE_SIZE, there.count * PAGE_SIZE);
             }
             Stop::Echo | Stop::Interrupted => {}
             Stop::Tick(_) => outcome.ticks += 1,

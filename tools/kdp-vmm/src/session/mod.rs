@@ -66,6 +66,8 @@ pub struct Config {
     pub whole_pages: bool,
     /// Visit only every so many pages.
     pub stride: u64,
+    /// Visit only the first so many pages of the memory.
+    pub extent: Option<u64>,
     /// Rounds over all pages: the first one pages them in.
     pub rounds: u64,
     /// Where the guest has the memory.
@@ -88,6 +90,7 @@ impl Default for Config {
             write: false,
             whole_pages: true,
             stride: 1,
+            extent: None,
             rounds: 1,
             gpa: MIN_GPA,
             samples: true,
@@ -121,7 +124,7 @@ impl Config {
         if self.stride == 0 || self.pages_visited() / self.vcpus == 0 {
             return Err(Error::invalid(format!(
                 "{} pages, of which every {}th is visited, are too few for {} vCPUs",
-                self.bytes / PAGE_SIZE,
+                self.extent(),
                 self.stride,
                 self.vcpus
             )));
@@ -136,10 +139,14 @@ impl Config {
         Ok(())
     }
 
+    /// Pages among which those that are visited are.
+    fn extent(&self) -> u64 {
+        let pages = self.bytes / PAGE_SIZE;
+        self.extent.map_or(pages, |extent| extent.min(pages))
+    }
+
     fn pages_visited(&self) -> u64 {
-        (self.bytes / PAGE_SIZE)
-            .checked_div(self.stride)
-            .unwrap_or(0)
+        self.extent().checked_div(self.stride).unwrap_or(0)
     }
 
     /// The work of one vCPU: a contiguous share of the pages, the last one's with the remainder.
@@ -181,6 +188,10 @@ pub struct Report {
     pub events: u64,
     /// Faults' worth of memory fetched, in units of [`Mode::fault_bytes`].
     pub fetched: u64,
+    /// The same, in pages of 4 KiB.
+    pub pages_fetched: u64,
+    /// Of those, pages that the guest never touched. All that it touched were fetched, or the checksum is wrong.
+    pub pages_unneeded: u64,
     /// Latencies of the first round's first accesses in microseconds, sorted; empty without samples.
     pub latencies: Vec<f64>,
     /// What the guest computed in each round.
@@ -281,13 +292,17 @@ fn report(
         .filter_map(|round| outcomes.iter().map(|o| o.reports[round].0).max())
         .collect();
     let started = outcomes.iter().map(|o| o.started).min();
+    let fetched = pager.counters().fetched();
+    let pages_fetched = fetched * (config.mode.fault_bytes(config.backing) / PAGE_SIZE);
     Report {
         visited: config.pages_visited(),
         elapsed: started.map_or(Duration::ZERO, |started| ends[0] - started),
         later: ends.windows(2).map(|pair| pair[1] - pair[0]).collect(),
         exits: outcomes.iter().map(|o| o.exits).sum(),
         events: pager.counters().events(),
-        fetched: pager.counters().fetched(),
+        fetched,
+        pages_fetched,
+        pages_unneeded: pages_fetched.saturating_sub(config.pages_visited()),
         latencies,
         checksums: (0..rounds)
             .map(|round| {

@@ -39,7 +39,8 @@ pub struct Report {
     pub pages_fetched: u64,
     /// Of those, pages because somebody touched them.
     pub pages_on_demand: u64,
-    /// Of those, pages in the background.
+    /// Of those, pages in the background: nobody waited for them when they came. How many of them are never
+    /// touched is not known, so this is the most that can have been fetched in vain.
     pub pages_in_background: u64,
     /// Of all fetched pages, those of zeros.
     pub pages_zero: u64,

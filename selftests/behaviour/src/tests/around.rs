@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Present neighbours that a fault maps together with its page.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kdp_vmm::{Order, Touch};
+use kvm_demand_paging::{Backing, GuestMap, PageRange, State};
+
+use crate::check::Result;
+use crate::guest;
+use crate::harness::rounds;
+use crate::slot::{self, Slot, BLOCK, GPA, PAGE, WINDOW};
+use crate::sys::{self, Touched};
+use crate::task::Task;
+
+tests! {
+    "fault-around-present-neighbours" => present_neighbours,
+    "fault-around-for-guests" => for_guests,
+    "fault-around-leaves-absent-neighbours" => leaves_absent_neighbours,
+    "fault-around-made-absent-traps-again" => made_absent_traps_again,
+    "fault-around-stays-in-the-mapping" => stays_in_the_mapping,
+    "fault-around-shmem-where-it-is-pinned" => shmem_where_it_is_pinned,
+    "fault-around-while-pages-become-absent" => while_pages_become_absent,
+}
+
+/// An absent page, so that its block is not mapped by one entry.
+const ABSENT: u64 = 509;
+
+/// A memslot of two blocks, of each of which one page is absent.
+fn nearly_whole(backing: Backing) -> Result<Arc<Slot>> {
+    let slot = Slot::new(backing, 2 * BLOCK)?;
+    for page in 0..2 * BLOCK {
+        slot.fill(page, 1)?;
+    }
+    slot.mark_range(State::Present, PageRange::new(0, 2 * BLOCK))?;
+    for block in 0..2 {
+        slot.mark(State::Absent, block * BLOCK + ABSENT)?;
+    }
+    Ok(slot)
+}
+
+fn visited() -> impl Iterator<Item = u64> {
+    (0..2 * BLOCK).filter(|page| page % BLOCK != ABSENT)
+}
+
+/// Whether an address is mapped, by /proc/self/pagemap. Of guest memory that says nothing (VM_PFNMAP).
+fn is_mapped(at: *const u8) -> Result<bool> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut entry = [0; 8];
+    pagemap.read_exact_at(&mut entry, at as u64 / PAGE * 8)?;
+    Ok(u64::from_ne_bytes(entry) >> 63 != 0)
+}
+
+fn address(map: &GuestMap, page: u64) -> *mut u8 {
+    map.as_ptr().wrapping_add((page * PAGE) as usize)
+}
+
+/// A process that reads on in order faults once for a window, and sees the right bytes.
+fn present_neighbours() -> Result {
+    let slot = nearly_whole(Backing::Huge2M)?;
+    for page in visited() {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(
+        slot.counter("faults")?,
+        2 * BLOCK / WINDOW,
+        "faults of pages"
+    );
+    ensure_eq!(slot.counter("faults-huge")?, 0, "faults of blocks");
+    // Backwards, through another mapping.
+    let other = slot.memslot.map()?;
+    for page in (0..BLOCK).rev().filter(|&page| page != ABSENT) {
+        slot::words_at(address(&other, page).cast())?;
+    }
+    ensure_eq!(
+        slot.counter("faults")?,
+        3 * BLOCK / WINDOW,
+        "faults of pages, with those of a mapping that is read backwards"
+    );
+    Ok(())
+}
+
+/// A guest has a fault of its own for each page, but the module has one for a window.
+fn for_guests() -> Result {
+    let slot = nearly_whole(Backing::Huge2M)?;
+    let machine = slot.machine()?;
+    let visit = Touch::new(GPA, Order::sequential(ABSENT)).hash();
+    let mut expected = 0_u64;
+    for page in 0..ABSENT {
+        let words = (0..crate::content::WORDS).map(|at| crate::content::word(page, 1, at));
+        expected = expected.wrapping_add(visit.value(words).wrapping_mul(2 * page + 1));
+    }
+    let ran = guest::run(&mut machine.vcpu(0, &visit.program())?, guest::no_fault)?;
+    ensure_eq!(ran.reports, [expected], "the guest's checksum");
+    ensure_eq!(slot.counter("faults")?, BLOCK / WINDOW, "faults of pages");
+    Ok(())
+}
+
+/// What is absent in the window is left out: it traps.
+fn leaves_absent_neighbours() -> Result {
+    let slot = nearly_whole(Backing::Huge2M)?;
+    let absent = [18, 21, 22, 31];
+    for page in absent {
+        slot.mark(State::Absent, page)?;
+    }
+    slot.check(16, 1)?;
+    for page in (16..32).filter(|page| !absent.contains(page)) {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(slot.counter("faults")?, 1, "faults of pages of one window");
+    for page in absent {
+        slot.fill(page, 2)?;
+        let mut waiting = slot.checker(page, 2)?;
+        ensure_eq!(slot.event()?.page, page, "the event's page");
+        ensure!(
+            !waiting.ends_within(Duration::ZERO)?,
+            "page {page} was read"
+        );
+        slot.mark(State::Present, page)?;
+        waiting.join("the thread")?;
+    }
+    Ok(())
+}
+
+/// What was mapped as a neighbour is unmapped like everything else.
+fn made_absent_traps_again() -> Result {
+    let slot = nearly_whole(Backing::Huge2M)?;
+    slot.check(40, 1)?;
+    for page in [32, 41, 47] {
+        let faults = slot.counter("faults")?;
+        slot.check(page, 1)?;
+        ensure_eq!(
+            slot.counter("faults")?,
+            faults,
+            "faults, with one of page {page}, which is mapped as a neighbour"
+        );
+        slot.mark(State::Absent, page)?;
+        slot.fill(page, 2)?;
+        let waiting = slot.checker(page, 2)?;
+        ensure_eq!(slot.event()?.page, page, "the event's page");
+        slot.mark(State::Present, page)?;
+        waiting.join("the thread")?;
+    }
+    Ok(())
+}
+
+/// A mapping of a part of the memslot: nothing is mapped outside it, wherever the window reaches.
+fn stays_in_the_mapping() -> Result {
+    let slot = nearly_whole(Backing::Huge2M)?;
+    // (first page, pages, where in a block of addresses): in step and out of it; the last crosses a page table.
+    for (first, pages, into) in [
+        (5, 9, 5),
+        (5, 9, 6),
+        (64, 16, 63),
+        (496, 40, 500),
+        (500, 6, 509),
+    ] {
+        let bytes = ((2 * BLOCK + 64) * PAGE) as usize;
+        // SAFETY: the kernel chooses addresses that nobody uses; the second call replaces some of those.
+        let base = unsafe {
+            let space = libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            ensure!(space != libc::MAP_FAILED, "mmap of {bytes} bytes failed");
+            let block = (space as usize).next_multiple_of((BLOCK * PAGE) as usize);
+            let base = libc::mmap(
+                (block + (into * PAGE) as usize) as *mut libc::c_void,
+                (pages * PAGE) as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                slot.memslot.as_fd().as_raw_fd(),
+                (first * PAGE) as libc::off_t,
+            );
+            ensure!(base != libc::MAP_FAILED, "mmap at {block:#x} failed");
+            base.cast::<u8>()
+        };
+        let at = |page: u64| base.wrapping_add(((page - first) * PAGE) as usize);
+        let all = first..first + pages;
+        for page in all.clone().filter(|page| page % BLOCK != ABSENT) {
+            let words = slot::words_at(at(page).cast())?;
+            if let Err(wrong) = crate::content::check(&words, page, 1) {
+                fail!("{wrong}");
+            }
+        }
+        for n in 1..=2 * WINDOW {
+            for outside in [
+                base.wrapping_sub((n * PAGE) as usize),
+                base.wrapping_add(((pages + n - 1) * PAGE) as usize),
+            ] {
+                ensure!(
+                    !is_mapped(outside)?,
+                    "{n} pages beside {all:?} at {base:p} something is mapped"
+                );
+            }
+        }
+        // SAFETY: nobody uses it any more.
+        unsafe { libc::munmap(base.cast(), (pages * PAGE) as usize) };
+    }
+    Ok(())
+}
+
+/// On shmem a fault pins its own page and no other; neighbours come along where they are pinned already.
+fn shmem_where_it_is_pinned() -> Result {
+    let slot = Slot::new(Backing::Shmem, BLOCK)?;
+    for page in 0..BLOCK {
+        slot.fill(page, 1)?;
+    }
+    slot.mark_range(State::Present, PageRange::new(0, BLOCK))?;
+    for page in (0..BLOCK).step_by(2) {
+        slot.check(page, 1)?;
+        ensure_eq!(slot.counter("pinned-pages")?, page / 2 + 1, "pages pinned");
+    }
+    ensure_eq!(slot.counter("faults")?, BLOCK / 2, "faults of pages");
+    for page in (1..BLOCK).step_by(2) {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(slot.counter("faults")?, BLOCK, "faults of pages");
+    let other = slot.memslot.map()?;
+    for page in 0..BLOCK {
+        let words = slot::words_at(address(&other, page).cast())?;
+        if let Err(wrong) = crate::content::check(&words, page, 1) {
+            fail!("{wrong}");
+        }
+    }
+    ensure_eq!(
+        slot.counter("faults")?,
+        BLOCK + BLOCK / WINDOW,
+        "faults of pages, with those of another mapping"
+    );
+    ensure_eq!(slot.counter("pinned-pages")?, BLOCK, "pages pinned");
+    Ok(())
+}
+
+/// Threads read windows while pages of them become absent, are changed and become present: nobody ever reads
+/// a version of the past.
+fn while_pages_become_absent() -> Result {
+    const PAGES: u64 = 4 * WINDOW;
+    let slot = nearly_whole(Backing::Huge2M)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut readers = Vec::new();
+    let mut seen = Vec::new();
+    for _ in 0..PAGES {
+        seen.push(std::sync::atomic::AtomicU64::new(1));
+    }
+    let floors = Arc::new(seen);
+    for n in 0..3 {
+        let (slot, stop, floors) = (slot.clone(), stop.clone(), floors.clone());
+        readers.push(Task::work(move || -> Result<u64> {
+            let mut looks = 0;
+            while !stop.load(Ordering::Acquire) {
+                // A mapping of its own, so that it faults all the time.
+                let map = slot.memslot.map()?;
+                for page in Order::random(PAGES, n + looks).iter() {
+                    let floor = floors[page as usize].load(Ordering::Acquire);
+                    match sys::load(address(&map, page).cast()) {
+                        Touched::Value(value) => {
+                            let is = |v| crate::content::word(page, v, 0) == value;
+                            // As far as the writer may have come meanwhile.
+                            let to = floors[page as usize].load(Ordering::Acquire) + 1;
+                            ensure!(
+                                (floor..=to).any(is),
+                                "page {page} is none of versions {floor} to {to}"
+                            );
+                        }
+                        other => fail!("page {page}: {other:x?}"),
+                    }
+                    looks += 1;
+                }
+            }
+            Ok(looks)
+        })?);
+    }
+    let handler = {
+        let serving = slot.clone();
+        // Who waits is let go by the mark below: there is nothing to do.
+        crate::handler::Handler::start(&slot, move |_| {
+            let _ = &serving;
+            Ok(())
+        })?
+    };
+    for version in 2..2 + rounds(40) {
+        for page in Order::random(PAGES, version).iter() {
+            slot.mark(State::Absent, page)?;
+            floors[page as usize].store(version, Ordering::Release);
+            slot.fill(page, version)?;
+            slot.mark(State::Present, page)?;
+        }
+    }
+    stop.store(true, Ordering::Release);
+    for reader in readers {
+        let looks = reader.join("a reader")?;
+        ensure!(looks > 0, "a reader has read nothing");
+    }
+    handler.stop()
+}
