@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::guest::{Clock, ClockReport};
 use crate::machine::Machine;
 use crate::memory::PAGE_SIZE;
-use crate::paging::{self, Mode};
+use crate::paging::{self, Memory, Mode};
 use crate::source::Source;
 
 /// What came of it.
@@ -41,7 +41,7 @@ pub fn run_clock(
             "page {page} for the clock: memory has {pages} pages"
         )));
     }
-    let pager = paging::pager(mode, backing, pages * PAGE_SIZE, gpa, source)?;
+    let pager = paging::pager(mode, &Memory::new(backing, pages * PAGE_SIZE, gpa), source)?;
     let machine = Machine::new(0)?;
     machine.map(gpa, pager.guest())?;
     let program = Clock::new(gpa + page * PAGE_SIZE, reads).program();

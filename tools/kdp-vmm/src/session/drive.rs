@@ -1,4 +1,4 @@
-//! The threads of a session: one for each vCPU, one for the handler.
+//! The threads of a session: one for each vCPU, and the handler's.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -35,7 +35,7 @@ enum Message {
     HandlerFailed(Error),
 }
 
-/// Run every vCPU, and the pager's handler, on a thread of its own until all programs have ended. The
+/// Run every vCPU, and each of the pager's handlers, on a thread of its own until all programs have ended. The
 /// outcomes are in the order of the vCPUs' numbers.
 ///
 /// Every program must write to [`PORT_START`](crate::PORT_START) once: they all wait there for each other.
@@ -50,7 +50,7 @@ pub fn drive(
     let prefetch = mode.prefetch();
     let (sender, receiver) = mpsc::channel();
     let stopper = Arc::new(Stopper::new()?);
-    let handler = pager.clone().handler().map(|work| {
+    let handlers = pager.clone().handlers().into_iter().map(|work| {
         let (stopper, sender) = (stopper.clone(), sender.clone());
         thread::spawn(move || {
             if let Err(e) = work(&stopper) {
@@ -59,6 +59,7 @@ pub fn drive(
             }
         })
     });
+    let handlers: Vec<_> = handlers.collect();
     let barrier = Arc::new(Barrier::new(vcpus.len()));
     let mut running: BTreeSet<u64> = vcpus.iter().map(Vcpu::number).collect();
     for vcpu in vcpus {
@@ -90,7 +91,7 @@ pub fn drive(
         }
     }
     stopper.stop()?;
-    if let Some(handler) = handler {
+    for handler in handlers {
         handler
             .join()
             .map_err(|_| Error::invalid("the handler thread panicked"))?;
