@@ -45,7 +45,8 @@ pub fn run_clock(
     let machine = Machine::new(0)?;
     machine.map(gpa, pager.guest())?;
     let program = Clock::new(gpa + page * PAGE_SIZE, reads).program();
-    let outcomes = drive(vec![machine.vcpu(0, &program)?], &pager, mode, timeout)?;
+    let vcpus = vec![machine.vcpu(0, &program)?];
+    let outcomes = drive(vcpus, &pager, mode, timeout, timeout)?;
     let outcome = &outcomes[0];
     let values: Vec<u64> = outcome.reports.iter().map(|&(_, value)| value).collect();
     let clock = ClockReport::from_reports(&values)

@@ -40,12 +40,14 @@ enum Message {
 ///
 /// Every program must write to [`PORT_START`](crate::PORT_START) once: they all wait there for each other.
 ///
-/// After an error threads may stay behind that wait for pages for ever: end the process then.
+/// It is an error if that takes longer than `timeout`, or if for as long as `stall` no vCPU ends and no page is
+/// fetched. Threads may stay behind then that wait for pages for ever: end the process after any error.
 pub fn drive(
     vcpus: Vec<Vcpu>,
     pager: &Arc<dyn Pager>,
     mode: Mode,
     timeout: Duration,
+    stall: Duration,
 ) -> Result<Vec<Outcome>> {
     let prefetch = mode.prefetch();
     let (sender, receiver) = mpsc::channel();
@@ -70,18 +72,25 @@ pub fn drive(
             let _ = sender.send(Message::Vcpu(number, outcome));
         });
     }
-    let deadline = Instant::now() + timeout;
+    let started = Instant::now();
     let mut outcomes = Vec::new();
+    let mut fetched = 0;
     while !running.is_empty() {
-        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let left = timeout.saturating_sub(started.elapsed());
+        match receiver.recv_timeout(left.min(stall)) {
             Ok(Message::Vcpu(number, outcome)) => {
                 running.remove(&number);
                 outcomes.push(outcome?);
             }
             Ok(Message::HandlerFailed(e)) => return Err(e),
+            Err(RecvTimeoutError::Timeout)
+                if left > stall && pager.counters().fetched() > fetched =>
+            {
+                fetched = pager.counters().fetched();
+            }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 return Err(Error::TimedOut {
-                    seconds: timeout.as_secs(),
+                    seconds: started.elapsed().as_secs(),
                     waiting: format!(
                         "vCPUs {running:?} still run; {} pages were fetched",
                         pager.counters().fetched()

@@ -80,6 +80,8 @@ pub struct Config {
     pub readers: u64,
     /// How long the guest may take.
     pub timeout: Duration,
+    /// How long it may take from one page to the next: a guest that is lost comes no further.
+    pub stall: Duration,
 }
 
 impl Default for Config {
@@ -100,6 +102,7 @@ impl Default for Config {
             samples: true,
             readers: 1,
             timeout: Duration::from_secs(600),
+            stall: Duration::from_secs(600),
         }
     }
 }
@@ -281,7 +284,7 @@ pub fn run(config: &Config, source: Arc<dyn Source>) -> Result<Report> {
     }
     let khz = vcpus[0].tsc_khz()?;
 
-    let outcomes = drive(vcpus, &pager, config.mode, config.timeout)?;
+    let outcomes = drive(vcpus, &pager, config.mode, config.timeout, config.stall)?;
 
     let mut latencies = Vec::new();
     if config.samples {
