@@ -51,7 +51,7 @@ demo: setup ## the main job on a real guest: a lazy restore under an unmodified 
 
 .PHONY: bench
 bench: setup ## the benchmark, on both clocks (build/bench/latest.json, report.html); QUICK=1 for 1 vCPU
-	@scripts/demand-paging-test setup
+	@$(if $(QUICK),true,scripts/demand-paging-test setup)
 	@scripts/bench $(if $(QUICK),--quick)
 
 .PHONY: shell
