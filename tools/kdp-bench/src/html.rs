@@ -4,7 +4,7 @@ use crate::figures::{figures, Figure, Key, Verdict};
 use crate::link::Link;
 use crate::machine::Machine;
 use crate::plot::{self, escape, Alt, Axis, Bar, Scale, Series};
-use crate::report::bound;
+use crate::report::{bound, measured};
 use crate::row::{Clock, Row};
 use crate::table::{number, thousands};
 use crate::Error;
@@ -115,7 +115,7 @@ fn required(rows: &[Row]) -> String {
             clock_text(figure.first.clock),
             escape(&bound(figure, figure.must)),
             escape(&bound(figure, figure.aim)),
-            figure.value.map_or("–".to_owned(), number),
+            measured(figure).unwrap_or_else(|| "–".to_owned()),
             verdict.text(),
             escape(&figure.formula())
         )

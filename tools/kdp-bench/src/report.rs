@@ -72,7 +72,7 @@ fn required(rows: &[Row]) -> String {
                 figure.first.clock.name().to_owned(),
                 bound(figure, figure.must),
                 bound(figure, figure.aim),
-                figure.value.map_or("-".to_owned(), number),
+                measured(figure).unwrap_or_else(|| "-".to_owned()),
                 figure.verdict().text().to_owned(),
             ]
         })
@@ -87,9 +87,18 @@ fn required(rows: &[Row]) -> String {
 /// A bound as it is written: at most, at least, a fraction.
 pub fn bound(figure: &Figure, bound: f64) -> String {
     let sign = if figure.at_most() { "≤" } else { "≥" };
-    match bound {
-        b if b < 0.05 => format!("{sign} 1/{:.0}", 1.0 / b),
-        b => format!("{sign} {}", number(b)),
+    format!("{sign} {}", written(figure, bound))
+}
+
+/// The figure's value, written as its bounds are.
+pub fn measured(figure: &Figure) -> Option<String> {
+    figure.value.map(|value| written(figure, value))
+}
+
+fn written(figure: &Figure, value: f64) -> String {
+    match figure.must < 0.05 {
+        true => format!("1/{:.0}", 1.0 / value),
+        false => number(value),
     }
 }
 
@@ -279,6 +288,14 @@ mod tests {
         let rows = [
             row("exit", Clock::Time, 100.0),
             row("wait", Clock::Time, 300.0),
+            Row {
+                backing: "hugetlb-2M".into(),
+                ..row("exit", Clock::Time, 100.0)
+            },
+            Row {
+                backing: "hugetlb-2M".into(),
+                ..row("uffd-missing", Clock::Time, 17_400.0)
+            },
             row("uffd-missing", Clock::Time, 280.0),
             row("exit", Clock::Icount, 12.0),
             row("limit", Clock::Icount, 10.0),
@@ -296,6 +313,11 @@ mod tests {
         assert!(wait.ends_with("0.933"), "{wait}");
         let wait = line("wait queue over userfaultfd");
         assert!(wait.contains("0.933") && wait.ends_with("MISSED"), "{wait}");
+        let fault = line("a fault of 4 KiB over");
+        assert!(
+            fault.contains("≤ 1/250") && fault.contains("1/174"),
+            "{fault}"
+        );
         let source = line("source in the kernel over the floor");
         assert!(source.ends_with("not measured"), "{source}");
         let limit = line("exit over limit");
