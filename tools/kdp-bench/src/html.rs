@@ -194,7 +194,8 @@ fn base<'r>(
     vcpus: u64,
     clock: Clock,
 ) -> Vec<&'r Row> {
-    let modes = distinct(rows.iter().filter(|row| is_mode(row)).map(|row| &row.mode));
+    let mut modes = distinct(rows.iter().filter(|row| is_mode(row)).map(|row| &row.mode));
+    modes.sort_by_key(|mode| style(mode));
     let found = modes.iter().filter_map(|mode| {
         Key {
             vcpus,
@@ -203,6 +204,23 @@ fn base<'r>(
         .find(rows)
     });
     found.collect()
+}
+
+/// The modes in the order in which they are shown. Each has its colour, in every plot; what is not here comes last.
+const ORDER: [&str; 8] = [
+    "floor",
+    "limit",
+    "exit",
+    "exit-prefetch",
+    "wait",
+    "source",
+    "uffd-missing",
+    "uffd-minor",
+];
+
+fn style(mode: &str) -> usize {
+    let place = ORDER.iter().position(|&known| known == mode);
+    place.unwrap_or(ORDER.len())
 }
 
 /// Is it a guest's first visit, by one of the modes?
@@ -236,6 +254,7 @@ fn modes(rows: &[Row]) -> Result<String, Error> {
                             bytes => format!(", {} KiB a fault", thousands((bytes >> 10) as i64)),
                         };
                         Bar {
+                            style: style(&row.mode),
                             label: row.mode.clone(),
                             value: row.us_per_page,
                             text: format!(
@@ -341,14 +360,19 @@ fn vcpus(rows: &[Row]) -> Result<String, Error> {
                     true => format!("{mode}, reader a vCPU"),
                 };
                 if points.len() > 1 {
-                    all.push(Series { label, points });
+                    let style = style(mode) + if each { ORDER.len() } else { 0 };
+                    all.push(Series {
+                        style,
+                        label,
+                        points,
+                    });
                 }
             }
         }
         if !all.is_empty() {
             let title = format!("Throughput against vCPUs, {backing}, random");
             let alt = alt_of(format!("vcpus-{backing}"), &title, &all, &x, &y);
-            out += &figure(&title, &plot::lines(&alt, &x, &y, &all, true)?);
+            out += &figure(&title, &plot::lines(&alt, &x, &y, &all)?);
         }
     }
     Ok(match out.as_str() {
@@ -388,6 +412,7 @@ fn latencies(rows: &[Row]) -> Result<String, Error> {
                 .iter()
                 .filter(|row| !row.cdf.is_empty())
                 .map(|row| Series {
+                    style: style(&row.mode),
                     label: label(row),
                     // A logarithm has no zero.
                     points: row
@@ -417,7 +442,7 @@ fn latencies(rows: &[Row]) -> Result<String, Error> {
                     .collect::<Vec<_>>()
                     .join("; "),
             };
-            out += &figure(&title, &plot::lines(&alt, &x, &y, &all, false)?);
+            out += &figure(&title, &plot::lines(&alt, &x, &y, &all)?);
         }
     }
     Ok(match out.as_str() {

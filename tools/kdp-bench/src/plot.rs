@@ -66,6 +66,8 @@ impl Scale {
 
 /// A line of a plot.
 pub struct Series {
+    /// Its colour and its mark.
+    pub style: usize,
     pub label: String,
     pub points: Vec<(f64, f64)>,
 }
@@ -80,6 +82,8 @@ pub struct Axis {
 
 /// A bar, and what stands at its end.
 pub struct Bar {
+    /// Its colour.
+    pub style: usize,
     pub label: String,
     pub value: f64,
     pub text: String,
@@ -94,7 +98,7 @@ pub struct Alt {
 }
 
 /// Lines with marks.
-pub fn lines(alt: &Alt, x: &Axis, y: &Axis, all: &[Series], marks: bool) -> Result<String, Error> {
+pub fn lines(alt: &Alt, x: &Axis, y: &Axis, all: &[Series]) -> Result<String, Error> {
     let height = 380.max(60 + 20 * all.len() as u32);
     draw(alt, height, |root| {
         let (left, right) = root.split_horizontally(WIDTH as i32 - LEGEND);
@@ -122,18 +126,14 @@ pub fn lines(alt: &Alt, x: &Axis, y: &Axis, all: &[Series], marks: bool) -> Resu
             .draw()?;
         for (n, series) in all.iter().enumerate() {
             let place = |&(a, b): &(f64, f64)| (x.scale.place(a), y.scale.place(b));
-            let colour = COLOURS[n % COLOURS.len()];
+            let colour = COLOURS[series.style % COLOURS.len()];
             let style = colour.stroke_width(2);
             chart.draw_series(LineSeries::new(series.points.iter().map(place), style))?;
-            if marks {
-                let marks = series.points.iter().map(place).map(|at| mark(n, at));
-                chart.draw_series(marks)?;
-            }
+            let marks = series.points.iter().map(place);
+            chart.draw_series(marks.map(|at| mark(series.style, at)))?;
             let y = 24 + 20 * n as i32;
             right.draw(&PathElement::new(vec![(4, y), (34, y)], style))?;
-            if marks {
-                right.draw(&mark(n, (19, y)))?;
-            }
+            right.draw(&mark(series.style, (19, y)))?;
             right.draw(&Text::new(series.label.clone(), (42, y), left_text(13)))?;
         }
         Ok(())
@@ -157,7 +157,7 @@ pub fn bars(alt: &Alt, bars: &[Bar], scale: Scale) -> Result<String, Error> {
             let top = 6 + n as i32 * STEP;
             let part = (scale.place(bar.value) - low) / (high - low);
             let end = LABEL + (part * room).round().max(1.0) as i32;
-            let colour = COLOURS[n % COLOURS.len()];
+            let colour = COLOURS[bar.style % COLOURS.len()];
             root.draw(&Rectangle::new(
                 [(LABEL, top), (end, top + STEP - 8)],
                 colour.filled(),
@@ -195,10 +195,10 @@ fn draw(alt: &Alt, height: u32, with: impl FnOnce(&Root) -> Drawn) -> Result<Str
     ))
 }
 
-/// Each series has its own.
-fn mark<'a, C: Clone + 'static>(series: usize, at: C) -> DynElement<'static, SVGBackend<'a>, C> {
-    let colour = COLOURS[series % COLOURS.len()];
-    match series % 4 {
+/// Series of one colour, whose styles are as many apart as there are colours, have different marks.
+fn mark<'a, C: Clone + 'static>(style: usize, at: C) -> DynElement<'static, SVGBackend<'a>, C> {
+    let colour = COLOURS[style % COLOURS.len()];
+    match (style + style / COLOURS.len()) % 4 {
         0 => Circle::new(at, 4, colour.filled()).into_dyn(),
         1 => TriangleMarker::new(at, 6, colour.filled()).into_dyn(),
         2 => Cross::new(at, 4, colour.stroke_width(2)).into_dyn(),
