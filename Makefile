@@ -50,7 +50,8 @@ demo: setup ## the main job on a real guest: a lazy restore under an unmodified 
 	@scripts/demo
 
 .PHONY: bench
-bench: setup ## the benchmark, on both clocks (build/bench/latest.json)
+bench: setup ## the benchmark, on both clocks (build/bench/latest.json, report.html); QUICK=1 for 1 vCPU
+	@$(if $(QUICK),true,scripts/demand-paging-test setup)
 	@scripts/bench $(if $(QUICK),--quick)
 
 .PHONY: shell

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use kdp_vmm::session::Pattern;
-use kdp_vmm::{Backing, Mode};
+use kdp_vmm::{BackingArg, Mode};
 
 use crate::row::Clock;
 
@@ -13,8 +13,10 @@ use crate::row::Clock;
 /// The same guest visits the same pages: with everything in place (floor), with the device's fault exits
 /// (exit), its wait queue (wait), and userfaultfd (uffd-missing, uffd-minor). limit is what any design costs
 /// that exits once for each page: the floor, a round trip from the guest to the VMM, and a copy of 4 KiB.
+/// Everything takes turns, and each measurement is a process of its own.
 ///
-/// The result is a JSON array; a table of it, with the ratios that count, goes to the terminal.
+/// The result is a JSON array; tables of it, with the ratios that count, go to the terminal, and with plots to
+/// an HTML page.
 #[derive(Parser)]
 #[command(version, about, args_conflicts_with_subcommands = true)]
 pub struct Args {
@@ -35,6 +37,19 @@ pub enum Command {
         /// Write all rows to this file, too
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
+        /// Write a page with tables and plots to this file
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+        /// Take the module's instructions from what scripts/profile has left, MODE-BACKING-PATTERN.json
+        #[arg(long, value_name = "FILE")]
+        profile: Vec<PathBuf>,
+    },
+
+    /// Take one measurement and print it as JSON
+    #[command(hide = true)]
+    Measure {
+        /// What to measure, as JSON
+        job: String,
     },
 
     /// Write the man pages
@@ -64,80 +79,48 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub runs: Option<usize>,
 
-    /// The modes to measure
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODE,…")]
-    pub modes: Option<Vec<ModeArg>>,
+    /// What to measure; without this everything that there is time for, or with --modes base alone
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "SERIES,…")]
+    pub series: Option<Vec<Series>>,
 
-    /// The backings to measure
+    /// The modes to measure; limit comes with floor
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODE,…")]
+    pub modes: Option<Vec<Mode>>,
+
+    /// The backings to measure; without this, those that there are huge pages for
     #[arg(long, value_enum, value_delimiter = ',', value_name = "BACKING,…")]
     pub backings: Option<Vec<BackingArg>>,
 
     /// The orders of visits to measure
     #[arg(long, value_enum, value_delimiter = ',', value_name = "PATTERN,…")]
-    pub patterns: Option<Vec<PatternArg>>,
+    pub patterns: Option<Vec<Pattern>>,
 
-    /// Numbers of pages of 4 KiB to measure, multiples of 512
-    #[arg(long, value_delimiter = ',', value_name = "N,…")]
-    pub pages: Option<Vec<u64>>,
+    /// Pages of 4 KiB that guests visit, a multiple of 4,096
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    pub pages: u64,
+
+    /// The kernel tree's demand_paging_test, to be run beside; without this it is left out
+    #[arg(long, value_name = "PROGRAM")]
+    pub kernel_test: Option<PathBuf>,
 }
 
+/// A part of the benchmark.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ModeArg {
-    Floor,
-    Limit,
-    Exit,
-    ExitPrefetch,
-    Wait,
-    UffdMissing,
-    UffdMinor,
+pub enum Series {
+    /// Every mode on every backing, one vCPU
+    Base,
+    /// 2, 4 and 8 vCPUs, and userfaultfd with a reader for each
+    Vcpus,
+    /// Memslots of 64 MiB to 8 GiB, of which the same number of pages is visited
+    Sizes,
+    /// Memory that is complete, visited again
+    Loop,
+    /// The first access to a huge page whose contents come over a link
+    Link,
+    /// The kernel tree's own benchmark
+    Kernel,
+    /// Making a memslot
     Setup,
-}
-
-impl ModeArg {
-    /// The mode of a guest's run, if it is one.
-    pub fn session(self) -> Option<Mode> {
-        match self {
-            Self::Floor => Some(Mode::Floor),
-            Self::Exit => Some(Mode::Exit),
-            Self::ExitPrefetch => Some(Mode::Prefetch),
-            Self::Wait => Some(Mode::Wait),
-            Self::UffdMissing => Some(Mode::UffdMissing),
-            Self::UffdMinor => Some(Mode::UffdMinor),
-            Self::Limit | Self::Setup => None,
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub enum BackingArg {
-    #[value(name = "shmem")]
-    Shmem,
-    #[value(name = "hugetlb-2M")]
-    Huge2M,
-}
-
-impl From<BackingArg> for Backing {
-    fn from(backing: BackingArg) -> Self {
-        match backing {
-            BackingArg::Shmem => Self::Shmem,
-            BackingArg::Huge2M => Self::Huge2M,
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub enum PatternArg {
-    Random,
-    Sequential,
-}
-
-impl From<PatternArg> for Pattern {
-    fn from(pattern: PatternArg) -> Self {
-        match pattern {
-            PatternArg::Random => Self::Random,
-            PatternArg::Sequential => Self::Sequential,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -149,6 +132,6 @@ mod tests {
     fn command_line_is_sound() {
         Args::command().debug_assert();
         assert!(Args::try_parse_from(["kdp-bench", "report"]).is_err());
-        assert!(Args::try_parse_from(["kdp-bench", "--modes", "exit,limit"]).is_ok());
+        assert!(Args::try_parse_from(["kdp-bench", "--modes", "exit,floor"]).is_ok());
     }
 }

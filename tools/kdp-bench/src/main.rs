@@ -1,30 +1,35 @@
 //! `kdp-bench`: what a page costs in each mode, all measured in one process, interleaved.
 
 mod args;
+mod case;
+mod figures;
+mod html;
+mod kernel_test;
+mod link;
+mod machine;
 mod measure;
 mod plan;
+mod plot;
+mod profile;
 mod report;
 mod row;
 mod setup;
 mod stats;
 mod table;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use crate::args::{Args, Command};
+use crate::args::{Args, Command, RunArgs};
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("{mode} on {backing}, {pattern}, {pages} pages: {source}")]
+    #[error("{what}: {source}")]
     Measure {
-        mode: &'static str,
-        backing: &'static str,
-        pattern: &'static str,
-        pages: u64,
+        what: String,
         source: Box<kdp_vmm::Error>,
     },
     #[error("{what}: the guest saw wrong contents, so its time means nothing")]
@@ -43,6 +48,14 @@ enum Error {
         file: String,
         source: serde_json::Error,
     },
+    #[error("the row of {row}: {why}")]
+    Row { row: String, why: &'static str },
+    #[error("{0}: what was counted of the module is not there")]
+    Profile(String),
+    #[error("a plot cannot be drawn: {0}")]
+    Plot(String),
+    #[error("{0} rows are missing, because what they stand for failed again and again; the others are written")]
+    Missing(usize),
 }
 
 impl From<kdp_vmm::Error> for Error {
@@ -60,10 +73,14 @@ impl From<kvm_demand_paging::Error> for Error {
 fn main() -> ExitCode {
     let args = Args::parse();
     let result = match &args.command {
-        None => plan::run(&args.run).and_then(|rows| publish(&rows, Some(&args.run.out))),
-        Some(Command::Report { files, out }) => {
-            row::load(files).and_then(|rows| publish(&rows, out.as_deref()))
-        }
+        None => bench(&args.run),
+        Some(Command::Report {
+            files,
+            out,
+            html,
+            profile,
+        }) => report(files, profile, out.as_deref(), html.as_deref()),
+        Some(Command::Measure { job }) => measure_one(job),
         Some(Command::Man { dir }) => {
             let write = std::fs::create_dir_all(dir)
                 .and_then(|()| clap_mangen::generate_to(Args::command(), dir));
@@ -82,10 +99,44 @@ fn main() -> ExitCode {
     }
 }
 
-fn publish(rows: &[row::Row], out: Option<&Path>) -> Result<(), Error> {
-    if let Some(out) = out {
-        row::save(rows, out)?;
+fn bench(args: &RunArgs) -> Result<(), Error> {
+    let outcome = plan::run(args)?;
+    row::check(&outcome.rows)?;
+    row::save(&outcome.rows, &args.out)?;
+    print!("{}", report::report(&outcome.rows));
+    match outcome.missing {
+        0 => Ok(()),
+        missing => Err(Error::Missing(missing)),
     }
-    print!("{}", report::report(rows));
+}
+
+fn report(
+    files: &[PathBuf],
+    profiles: &[PathBuf],
+    out: Option<&Path>,
+    html: Option<&Path>,
+) -> Result<(), Error> {
+    let mut rows = row::load(files)?;
+    for file in profiles {
+        row::add(&mut rows, profile::row(file)?);
+    }
+    row::check(&rows)?;
+    if let Some(out) = out {
+        row::save(&rows, out)?;
+    }
+    if let Some(html) = html {
+        row::write(html, &html::page(&rows)?)?;
+    }
+    print!("{}", report::report(&rows));
+    Ok(())
+}
+
+fn measure_one(job: &str) -> Result<(), Error> {
+    let json = |source| Error::Json {
+        file: "the job".to_owned(),
+        source,
+    };
+    let sample = measure::run(&serde_json::from_str(job).map_err(json)?)?;
+    println!("{}", serde_json::to_string(&sample).map_err(json)?);
     Ok(())
 }

@@ -1,88 +1,191 @@
-//! The measurements, each taken once.
+//! The measurements, each taken once, each in a process of its own.
+//!
+//! A guest that is lost (which happens to guests inside an emulated machine, whoever pages them) leaves threads that
+//! wait for ever: they end with its process, and the measurement is taken again.
 
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use kdp_vmm::session::{self, Config, Pattern, Report};
+use kdp_vmm::session::{self, Config, Report};
 use kdp_vmm::{
-    backing_name, populate, Backing, GuestProgram, Image, Machine, Mode, Source, Stop, MIN_GPA,
-    PAGE_SIZE,
+    populate, Backing, GuestProgram, Image, Machine, Mode, Source, Stop, MIN_GPA, PAGE_SIZE,
 };
 use kvm_demand_paging::{Memfd, PageRange};
+use serde::{Deserialize, Serialize};
 
+use crate::case::Case;
+use crate::link::Link;
+use crate::stats::{median, QUANTILES};
 use crate::Error;
 
-/// What is common to the runs of one mode.
-#[derive(Clone, Copy)]
-pub struct Case {
-    pub mode: Mode,
-    pub backing: Backing,
-    pub pattern: Pattern,
-    pub pages: u64,
+/// How often a measurement is tried.
+const ATTEMPTS: usize = 3;
+
+/// What one process measures.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Job {
+    /// A guest's run.
+    Guest(Case),
+    /// Writes to a port: from the guest to the VMM and back.
+    RoundTrip { writes: u64 },
+    /// Copying the pages that the guest of this case visits, to memory of its backing that is in place.
+    Copy(Case),
 }
 
-impl Case {
-    /// Visit one page in so many: each visit must be a fault.
-    fn stride(&self) -> u64 {
-        self.mode.fault_bytes(self.backing) / PAGE_SIZE
+/// What came of it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Sample {
+    /// Microseconds for each page, or write.
+    pub us: f64,
+    /// Pages that the guest visited.
+    pub visited: u64,
+    pub exits: u64,
+    pub events: u64,
+    /// Pages that were fetched.
+    pub fetched: u64,
+    /// What one access took in microseconds, at each of [`QUANTILES`].
+    pub quantiles: Vec<f64>,
+}
+
+/// Let a process of its own do this. None if it failed again and again: that has been told then.
+pub fn measure(job: &Job, text: &str) -> Result<Option<Sample>, Error> {
+    let io = |source| Error::Io {
+        what: "start a process that measures".to_owned(),
+        source,
+    };
+    let json = |source| Error::Json {
+        file: format!("what was measured of {text}"),
+        source,
+    };
+    let argument = serde_json::to_string(job).map_err(json)?;
+    for attempt in 1..=ATTEMPTS {
+        let output = Command::new("/proc/self/exe")
+            .args(["measure", &argument])
+            .stderr(Stdio::inherit())
+            .output()
+            .map_err(io)?;
+        if output.status.success() {
+            return serde_json::from_slice(&output.stdout)
+                .map(Some)
+                .map_err(json);
+        }
+        eprintln!("{text}: attempt {attempt} of {ATTEMPTS} failed.");
+    }
+    Ok(None)
+}
+
+/// Do it here.
+pub fn run(job: &Job) -> Result<Sample, Error> {
+    match job {
+        Job::Guest(case) => guest(case),
+        Job::RoundTrip { writes } => round_trip(*writes),
+        Job::Copy(case) => copy(case),
+    }
+}
+
+fn config(case: &Case) -> Config {
+    // The floor is made of stage-2 faults of 4 KiB. KVM maps huge pages where it can; it cannot where the
+    // guest's address and the host's are out of step.
+    let out_of_step =
+        case.mode == Mode::Floor && case.backing() != Backing::Shmem && case.rounds == 0;
+    Config {
+        mode: case.mode,
+        backing: case.backing(),
+        bytes: case.bytes,
+        vcpus: case.vcpus,
+        readers: case.readers.max(1),
+        pattern: case.pattern,
+        stride: case.stride(),
+        visit: case.visit,
+        // Round 1 pages the memory in; in round 2 the last blocks may still become huge mappings.
+        rounds: match case.rounds {
+            0 => 1,
+            rounds => rounds + 2,
+        },
+        whole_pages: false,
+        gpa: MIN_GPA + if out_of_step { PAGE_SIZE } else { 0 },
+        // A fault of 1 GiB takes half a minute when it is emulated.
+        stall: Duration::from_secs(if case.fault_bytes() >> 30 == 0 {
+            20
+        } else {
+            180
+        }),
+        ..Config::default()
     }
 }
 
 /// Run a guest once that reads a word of each page.
-pub fn guest(case: &Case, image: &Arc<Image>) -> Result<Report, Error> {
-    // The floor is made of stage-2 faults of 4 KiB. KVM maps huge pages where it can; it cannot where the
-    // guest's address and the host's are out of step.
-    let out_of_step = case.mode == Mode::Floor && case.backing != Backing::Shmem;
-    let config = Config {
-        mode: case.mode,
-        backing: case.backing,
-        bytes: case.pages * PAGE_SIZE,
-        vcpus: 1,
-        pattern: case.pattern,
-        stride: case.stride(),
-        whole_pages: false,
-        gpa: MIN_GPA + if out_of_step { PAGE_SIZE } else { 0 },
-        ..Config::default()
+fn guest(case: &Case) -> Result<Sample, Error> {
+    let image = Image::repeating(case.bytes, 1)?;
+    let source: Arc<dyn Source> = match case.link_gbit {
+        Some(gbit) => Arc::new(Link::new(image, gbit)),
+        None => Arc::new(image),
     };
-    let named = |source| Error::Measure {
-        mode: case.mode.name(),
-        backing: backing_name(case.backing),
-        pattern: case.pattern.name(),
-        pages: case.pages,
+    let report = session::run(&config(case), source).map_err(|source| Error::Measure {
+        what: case.text(),
         source: Box::new(source),
-    };
-    let report = session::run(&config, image.clone()).map_err(named)?;
+    })?;
     if !report.correct() {
-        return Err(Error::Wrong {
-            what: format!("{} on {}", case.mode.name(), backing_name(case.backing)),
-        });
+        return Err(Error::Wrong { what: case.text() });
     }
-    Ok(report)
+    Ok(sample(case, &report))
 }
 
-/// Microseconds of one write to a port: from the guest to the VMM and back.
-pub fn round_trip(count: u64) -> Result<f64, Error> {
+fn sample(case: &Case, report: &Report) -> Sample {
+    let us = match case.rounds {
+        0 => report.us_per_page(),
+        _ => {
+            let rounds = report.later.iter().skip(1);
+            median(rounds.map(|time| time.as_secs_f64() * 1e6)) / report.visited as f64
+        }
+    };
+    // The guest's samples end at 2^32 ticks, and one access of all that there are is in `us`.
+    let latency = |quantile| match (case.rounds, report.visited) {
+        (0, 2..) => report.latency(quantile).unwrap_or(us),
+        _ => us,
+    };
+    Sample {
+        us,
+        visited: report.visited,
+        exits: report.exits,
+        events: report.events,
+        fetched: report.pages_fetched,
+        quantiles: QUANTILES.map(latency).to_vec(),
+    }
+}
+
+fn round_trip(writes: u64) -> Result<Sample, Error> {
     let machine = Machine::new(0)?;
-    let mut vcpu = machine.vcpu(0, &GuestProgram::echo(count))?;
+    let mut vcpu = machine.vcpu(0, &GuestProgram::echo(writes))?;
     let mut started = Instant::now();
     loop {
         match vcpu.run()? {
             Stop::Start => started = Instant::now(),
-            Stop::Halted => return Ok(started.elapsed().as_secs_f64() * 1e6 / count as f64),
+            Stop::Halted => {
+                return Ok(Sample {
+                    us: started.elapsed().as_secs_f64() * 1e6 / writes as f64,
+                    ..Sample::default()
+                })
+            }
             _ => {}
         }
     }
 }
 
-/// Microseconds of copying one page of the image to memory of this backing that is in place.
-pub fn copy(backing: Backing, pattern: Pattern, pages: u64, image: &Image) -> Result<f64, Error> {
-    let memory = Memfd::create("kdp-bench-copy", backing, pages * PAGE_SIZE)?.map_all()?;
+fn copy(case: &Case) -> Result<Sample, Error> {
+    let image = Image::repeating(case.bytes, 1)?;
+    let memory = Memfd::create("kdp-bench-copy", case.backing(), case.bytes)?.map_all()?;
     populate(&memory)?;
-    let order = pattern.order(pages, Config::default().seed);
+    let pages = case.visit.unwrap_or(case.bytes / PAGE_SIZE);
+    let order = case.pattern.order(pages, Config::default().seed);
     let started = Instant::now();
     for page in order.iter() {
         let range = PageRange::page(page);
         image.fetch(range, &memory.slice(range)?)?;
     }
-    Ok(started.elapsed().as_secs_f64() * 1e6 / pages as f64)
+    Ok(Sample {
+        us: started.elapsed().as_secs_f64() * 1e6 / pages as f64,
+        ..Sample::default()
+    })
 }

@@ -1,49 +1,42 @@
 //! The tables: every row, and the ratios that count, computed from the rows.
 
+use crate::figures::{figures, Figure, Key};
 use crate::row::{Clock, Row};
 use crate::table::{number, table, thousands};
 
-/// A ratio of two rows that stand for the same work.
-struct Ratio {
-    name: &'static str,
-    first: &'static str,
-    second: &'static str,
-    what: What,
-}
+/// Ratios of two rows that stand for the same work: the name, the first, the second, what is compared.
+const RATIOS: [(&str, &str, &str, What); 4] = [
+    (
+        "exit over uffd-missing, pages/s",
+        "exit",
+        "uffd-missing",
+        What::Speed,
+    ),
+    (
+        "wait over uffd-missing, pages/s",
+        "wait",
+        "uffd-missing",
+        What::Speed,
+    ),
+    (
+        "exit over limit, cost of a page",
+        "exit",
+        "limit",
+        What::Cost,
+    ),
+    (
+        "exit-prefetch over floor, cost of a page",
+        "exit-prefetch",
+        "floor",
+        What::Cost,
+    ),
+];
 
+#[derive(Clone, Copy)]
 enum What {
-    /// Pages/s of the first over the second; in time, at least this is needed.
-    Speed(f64),
-    /// Cost of a page of the first over the second.
+    Speed,
     Cost,
 }
-
-const RATIOS: [Ratio; 4] = [
-    Ratio {
-        name: "exit over uffd-missing, pages/s",
-        first: "exit",
-        second: "uffd-missing",
-        what: What::Speed(2.2),
-    },
-    Ratio {
-        name: "wait over uffd-missing, pages/s",
-        first: "wait",
-        second: "uffd-missing",
-        what: What::Speed(1.0),
-    },
-    Ratio {
-        name: "exit over limit, cost of a page",
-        first: "exit",
-        second: "limit",
-        what: What::Cost,
-    },
-    Ratio {
-        name: "exit-prefetch over floor, cost of a page",
-        first: "exit-prefetch",
-        second: "floor",
-        what: What::Cost,
-    },
-];
 
 /// Everything there is to say about these rows.
 pub fn report(rows: &[Row]) -> String {
@@ -63,7 +56,50 @@ pub fn report(rows: &[Row]) -> String {
         out += &set_ups(&setups);
         out.push('\n');
     }
-    out + &ratios(rows)
+    out += &ratios(rows);
+    out.push('\n');
+    out + &required(rows)
+}
+
+/// The figures that are required.
+fn required(rows: &[Row]) -> String {
+    let cells: Vec<Vec<String>> = figures(rows)
+        .iter()
+        .map(|figure| {
+            vec![
+                figure.name.to_owned(),
+                figure.first.backing.to_owned(),
+                figure.first.clock.name().to_owned(),
+                bound(figure, figure.must),
+                bound(figure, figure.aim),
+                measured(figure).unwrap_or_else(|| "-".to_owned()),
+                figure.verdict().text().to_owned(),
+            ]
+        })
+        .collect();
+    let head = ["figure", "backing", "clock", "must", "aim", "measured", ""];
+    format!(
+        "The figures that are required. \"over\" is a ratio of what a page costs, or of pages/s.\n\n{}",
+        table(&head, 3, &cells)
+    )
+}
+
+/// A bound as it is written: at most, at least, a fraction.
+pub fn bound(figure: &Figure, bound: f64) -> String {
+    let sign = if figure.at_most() { "≤" } else { "≥" };
+    format!("{sign} {}", written(figure, bound))
+}
+
+/// The figure's value, written as its bounds are.
+pub fn measured(figure: &Figure) -> Option<String> {
+    figure.value.map(|value| written(figure, value))
+}
+
+fn written(figure: &Figure, value: f64) -> String {
+    match figure.must < 0.05 {
+        true => format!("1/{:.0}", 1.0 / value),
+        false => number(value),
+    }
 }
 
 fn costs(clock: Clock, rows: &[&Row]) -> String {
@@ -84,6 +120,8 @@ fn costs(clock: Clock, rows: &[&Row]) -> String {
                 row.backing.clone(),
                 row.pattern.clone(),
                 row.vcpus.to_string(),
+                row.readers.to_string(),
+                row.link_gbit.map_or(String::new(), |gbit| gbit.to_string()),
                 thousands((row.bytes / 4096) as i64),
                 thousands(row.pages as i64),
                 format!("{} KiB", row.fault_bytes >> 10),
@@ -98,12 +136,13 @@ fn costs(clock: Clock, rows: &[&Row]) -> String {
                 cost(row.p99_us),
                 thousands(row.exits as i64),
                 thousands(row.events as i64),
+                thousands(row.pages_unneeded as i64),
             ]
         })
         .collect();
     let head = [
-        "mode", "backing", "pattern", "vCPUs", "memory", "visited", "a fault", unit, "of runs",
-        "pages/s", "p50", "p99", "exits", "events",
+        "mode", "backing", "pattern", "vCPUs", "readers", "Gbit/s", "memory", "visited", "a fault",
+        unit, "of runs", "pages/s", "p50", "p99", "exits", "events", "unneeded",
     ];
     let limits = rows.iter().filter_map(|row| {
         let parts = row.parts?;
@@ -118,7 +157,7 @@ fn costs(clock: Clock, rows: &[&Row]) -> String {
     });
     let limits: String = limits.collect();
     format!(
-        "{title}. Memory and visited in pages of 4 KiB; medians.\n\n{}\n{limits}",
+        "{title}. Memory, visited and unneeded (fetched, not visited) in pages of 4 KiB; medians.\n\n{}\n{limits}",
         table(&head, 3, &cells)
     )
 }
@@ -149,11 +188,11 @@ fn set_ups(rows: &[&Row]) -> String {
 fn ratios(rows: &[Row]) -> String {
     let mut cells = Vec::new();
     for clock in [Clock::Time, Clock::Icount] {
-        for ratio in &RATIOS {
+        for &(name, first, second, what) in &RATIOS {
             let firsts = rows
                 .iter()
-                .filter(|row| row.mode == ratio.first && row.clock == clock);
-            cells.extend(firsts.filter_map(|first| ratio_of(ratio, first, rows)));
+                .filter(|row| row.mode == first && row.clock == clock);
+            cells.extend(firsts.filter_map(|row| ratio_of(name, row, second, what, rows)));
         }
         cells.extend(set_up_ratio(clock, rows));
     }
@@ -161,7 +200,8 @@ fn ratios(rows: &[Row]) -> String {
         return String::new();
     }
     let head = [
-        "ratio", "clock", "backing", "pattern", "a fault", "vCPUs", "memory", "value", "needed", "",
+        "ratio", "clock", "backing", "pattern", "a fault", "readers", "vCPUs", "memory", "Gbit/s",
+        "value",
     ];
     format!(
         "Ratios, computed from the rows above.\n\n{}",
@@ -169,20 +209,23 @@ fn ratios(rows: &[Row]) -> String {
     )
 }
 
-fn ratio_of(ratio: &Ratio, first: &Row, rows: &[Row]) -> Option<Vec<String>> {
-    let twin = Row {
-        mode: ratio.second.to_owned(),
-        ..first.clone()
-    };
-    let second = rows.iter().find(|row| row.same_as(&twin))?;
-    let (value, needed, verdict) = match ratio.what {
-        What::Speed(needed) if first.clock == Clock::Time => {
-            let value = first.pages_per_s / second.pages_per_s;
-            let verdict = if value >= needed { "ok" } else { "MISSED" };
-            (value, format!(">= {needed:.1}"), verdict)
-        }
-        What::Speed(_) => (first.pages_per_s / second.pages_per_s, String::new(), ""),
-        What::Cost => (first.us_per_page / second.us_per_page, String::new(), ""),
+fn ratio_of(
+    name: &str,
+    first: &Row,
+    second: &str,
+    what: What,
+    rows: &[Row],
+) -> Option<Vec<String>> {
+    let second = Key {
+        vcpus: first.vcpus,
+        bytes: Some(first.bytes),
+        link_gbit: first.link_gbit,
+        ..Key::new(second, &first.backing, &first.pattern, first.clock)
+    }
+    .find(rows)?;
+    let value = match what {
+        What::Speed => first.pages_per_s / second.pages_per_s,
+        What::Cost => first.us_per_page / second.us_per_page,
     };
     let faults = if first.fault_bytes == second.fault_bytes {
         String::new()
@@ -191,16 +234,18 @@ fn ratio_of(ratio: &Ratio, first: &Row, rows: &[Row]) -> Option<Vec<String>> {
         format!("{ours} KiB against {theirs} KiB")
     };
     Some(vec![
-        ratio.name.to_owned(),
+        name.to_owned(),
         first.clock.name().to_owned(),
         first.backing.clone(),
         first.pattern.clone(),
         faults,
+        second.readers.to_string(),
         first.vcpus.to_string(),
         thousands((first.bytes / 4096) as i64),
+        first
+            .link_gbit
+            .map_or(String::new(), |gbit| gbit.to_string()),
         number(value),
-        needed,
-        verdict.to_owned(),
     ])
 }
 
@@ -227,9 +272,9 @@ fn set_up_ratio(clock: Clock, rows: &[Row]) -> Option<Vec<String>> {
         String::new(),
         String::new(),
         String::new(),
+        String::new(),
+        String::new(),
         number(large.p50_us / small.p50_us),
-        String::new(),
-        String::new(),
     ])
 }
 
@@ -239,10 +284,18 @@ mod tests {
     use crate::row::tests::row;
 
     #[test]
-    fn ratios_are_computed_and_judged() {
+    fn ratios_are_computed_and_figures_judged() {
         let rows = [
             row("exit", Clock::Time, 100.0),
             row("wait", Clock::Time, 300.0),
+            Row {
+                backing: "hugetlb-2M".into(),
+                ..row("exit", Clock::Time, 100.0)
+            },
+            Row {
+                backing: "hugetlb-2M".into(),
+                ..row("uffd-missing", Clock::Time, 17_400.0)
+            },
             row("uffd-missing", Clock::Time, 280.0),
             row("exit", Clock::Icount, 12.0),
             row("limit", Clock::Icount, 10.0),
@@ -255,9 +308,18 @@ mod tests {
                 .to_owned()
         };
         let exit = line("exit over uffd-missing");
-        assert!(exit.contains("2.80") && exit.ends_with("ok"), "{exit}");
+        assert!(exit.ends_with("2.80"), "{exit}");
         let wait = line("wait over uffd-missing");
+        assert!(wait.ends_with("0.933"), "{wait}");
+        let wait = line("wait queue over userfaultfd");
         assert!(wait.contains("0.933") && wait.ends_with("MISSED"), "{wait}");
+        let fault = line("a fault of 4 KiB over");
+        assert!(
+            fault.contains("≤ 1/250") && fault.contains("1/174"),
+            "{fault}"
+        );
+        let source = line("source in the kernel over the floor");
+        assert!(source.ends_with("not measured"), "{source}");
         let limit = line("exit over limit");
         assert!(
             limit.contains("icount") && limit.contains("1.20"),

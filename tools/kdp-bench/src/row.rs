@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::machine::Machine;
 use crate::Error;
 
 /// What the machine's clock counts.
@@ -31,14 +32,22 @@ impl Clock {
 /// One object of the JSON array. Every figure is the median over the runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// floor, limit, exit, wait, uffd-missing, uffd-minor; setup: making and mapping a memslot.
+    /// What was measured: a mode of kdp-vmm; limit; loop-plain, loop-device (memory that is complete, visited again);
+    /// setup (making and mapping a memslot); exit-module (the module's part of exit);
+    /// kernel-demand-paging-test-missing, -minor.
     pub mode: String,
-    /// shmem or hugetlb-2M.
+    /// shmem, hugetlb-2M or hugetlb-1G.
     pub backing: String,
     /// random or sequential.
     pub pattern: String,
     /// vCPUs.
     pub vcpus: u64,
+    /// Handler threads that faults went to.
+    #[serde(default)]
+    pub readers: u64,
+    /// The simulated link that contents came over, in Gbit/s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_gbit: Option<u64>,
     /// Guest memory in bytes.
     pub bytes: u64,
     /// What a microsecond is: time, or 1,000 instructions.
@@ -70,6 +79,12 @@ pub struct Row {
     pub runs: usize,
     /// The least and the greatest `us_per_page` of those.
     pub us_per_page_range: [f64; 2],
+    /// What single accesses took: a part of them from 0 to 1, and the microseconds that it stayed below or at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cdf: Vec<[f64; 2]>,
+    /// On what.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
     /// Of the mode limit: what it is made of beside the floor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parts: Option<Parts>,
@@ -93,6 +108,8 @@ impl Row {
                 row.backing.clone(),
                 row.pattern.clone(),
                 row.vcpus,
+                row.readers,
+                row.link_gbit,
                 row.bytes,
                 row.clock,
             )
@@ -114,27 +131,89 @@ pub fn load(files: &[PathBuf]) -> Result<Vec<Row>, Error> {
             source,
         })?;
         for row in more {
-            match rows.iter_mut().find(|old| old.same_as(&row)) {
-                Some(old) => *old = row,
-                None => rows.push(row),
-            }
+            add(&mut rows, row);
         }
     }
     Ok(rows)
 }
 
+/// Add a row, or put it in the place of another one for the same.
+pub fn add(rows: &mut Vec<Row>, row: Row) {
+    match rows.iter_mut().find(|old| old.same_as(&row)) {
+        Some(old) => *old = row,
+        None => rows.push(row),
+    }
+}
+
+/// Does every row hold what all rows must, and no two stand for the same? The first that does not is told.
+pub fn check(rows: &[Row]) -> Result<(), Error> {
+    for (n, row) in rows.iter().enumerate() {
+        let figures = [
+            row.us_per_page,
+            row.pages_per_s,
+            row.p50_us,
+            row.p99_us,
+            row.us_per_page_range[0],
+            row.us_per_page_range[1],
+        ];
+        let sound = figures.iter().all(|x| x.is_finite() && *x > 0.0)
+            && (row.us_per_page * row.pages_per_s / 1e6 - 1.0).abs() < 1e-6
+            && row.p50_us <= row.p99_us
+            && row.us_per_page_range[0] <= row.us_per_page
+            && row.us_per_page <= row.us_per_page_range[1]
+            && row
+                .cdf
+                .windows(2)
+                .all(|w| w[0][0] < w[1][0] && w[0][1] <= w[1][1])
+            && [
+                row.vcpus,
+                row.bytes,
+                row.pages,
+                row.fault_bytes,
+                row.runs as u64,
+            ]
+            .iter()
+            .all(|&x| x > 0);
+        let why = if !sound {
+            "its figures contradict each other"
+        } else if rows[..n].iter().any(|other| other.same_as(row)) {
+            "there is another one for the same"
+        } else {
+            continue;
+        };
+        return Err(Error::Row {
+            row: format!(
+                "{} on {}, {}, {}",
+                row.mode,
+                row.backing,
+                row.pattern,
+                row.clock.name()
+            ),
+            why,
+        });
+    }
+    Ok(())
+}
+
 /// Write the rows, one on each line, all or nothing.
 pub fn save(rows: &[Row], file: &Path) -> Result<(), Error> {
-    let io = |source| Error::Io {
-        what: format!("write {}", file.display()),
-        source,
-    };
     let json = |source| Error::Json {
         file: file.display().to_string(),
         source,
     };
     let lines: Result<Vec<String>, _> = rows.iter().map(serde_json::to_string).collect();
-    let text = format!("[\n{}\n]\n", lines.map_err(json)?.join(",\n"));
+    write(
+        file,
+        &format!("[\n{}\n]\n", lines.map_err(json)?.join(",\n")),
+    )
+}
+
+/// Write a file, all or nothing.
+pub fn write(file: &Path, text: &str) -> Result<(), Error> {
+    let io = |source| Error::Io {
+        what: format!("write {}", file.display()),
+        source,
+    };
     if let Some(dir) = file.parent().filter(|dir| !dir.as_os_str().is_empty()) {
         fs::create_dir_all(dir).map_err(io)?;
     }
@@ -153,6 +232,8 @@ pub mod tests {
             backing: "shmem".into(),
             pattern: "random".into(),
             vcpus: 1,
+            readers: 0,
+            link_gbit: None,
             bytes: 16 << 20,
             clock,
             us_per_page: us,
@@ -167,6 +248,8 @@ pub mod tests {
             fault_bytes: 4096,
             runs: 1,
             us_per_page_range: [us, us],
+            cdf: Vec::new(),
+            machine: None,
             parts: None,
         }
     }
@@ -186,6 +269,76 @@ pub mod tests {
             row("exit", icount, 12.5),
         ];
         assert_eq!(rows, expected);
+    }
+
+    #[test]
+    fn rows_that_cannot_be_are_refused() {
+        let good = row("exit", Clock::Time, 100.0);
+        check(&[good.clone(), row("exit", Clock::Icount, 12.0)]).unwrap();
+        let refused = |bad: Row| check(&[good.clone(), bad]).unwrap_err().to_string();
+        assert!(refused(good.clone()).contains("another one"));
+        let other = row("wait", Clock::Time, 100.0);
+        let bad = [
+            Row {
+                us_per_page: 0.0,
+                ..other.clone()
+            },
+            Row {
+                pages_per_s: f64::NAN,
+                ..other.clone()
+            },
+            Row {
+                pages_per_s: 5.0,
+                ..other.clone()
+            },
+            Row {
+                p99_us: 1.0,
+                ..other.clone()
+            },
+            Row {
+                us_per_page_range: [101.0, 102.0],
+                ..other.clone()
+            },
+            Row {
+                cdf: vec![[0.5, 2.0], [0.9, 1.0]],
+                ..other.clone()
+            },
+            Row {
+                vcpus: 0,
+                ..other.clone()
+            },
+        ];
+        for bad in bad {
+            let why = refused(bad.clone());
+            assert!(why.contains("contradict"), "{why}: {bad:?}");
+        }
+        check(&[good, other]).unwrap();
+    }
+
+    #[test]
+    fn rows_have_the_fields_that_are_promised() {
+        let json = serde_json::to_value(row("exit", Clock::Icount, 12.0)).unwrap();
+        let promised = [
+            "mode",
+            "backing",
+            "pattern",
+            "vcpus",
+            "bytes",
+            "clock",
+            "us_per_page",
+            "pages_per_s",
+            "p50_us",
+            "p99_us",
+            "exits",
+            "events",
+            "readers",
+            "pages_unneeded",
+            "runs",
+        ];
+        for field in promised {
+            assert!(json.get(field).is_some(), "{field}");
+        }
+        assert_eq!(json["clock"], "icount");
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub fn row(bytes: u64, clock: Clock, us: &mut [f64]) -> Row {
         backing: "shmem".to_owned(),
         pattern: "sequential".to_owned(),
         vcpus: 1,
+        readers: 0,
+        link_gbit: None,
         bytes,
         clock,
         us_per_page: p50 / pages as f64,
@@ -54,6 +56,8 @@ pub fn row(bytes: u64, clock: Clock, us: &mut [f64]) -> Row {
         fault_bytes: PAGE_SIZE,
         runs: us.len(),
         us_per_page_range: range(us.iter().map(|us| us / pages as f64)),
+        cdf: Vec::new(),
+        machine: None,
         parts: None,
     }
 }

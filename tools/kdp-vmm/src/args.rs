@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand};
 use kdp_vmm::session::{Config, Pattern};
-use kdp_vmm::{Backing, Mode, MIN_GPA, PAGE_SIZE};
+use kdp_vmm::{BackingArg, Mode, MIN_GPA, PAGE_SIZE};
 use kvm_demand_paging::source::Location;
 
 /// Run a tiny KVM guest in memory that is paged in on demand, and verify what it saw.
@@ -43,8 +43,8 @@ pub enum Command {
     /// works, 1 if not, 2 if the guest could not be run.
     Clock {
         /// How guest memory is filled
-        #[arg(long, value_enum, default_value_t = ModeArg::Exit)]
-        mode: ModeArg,
+        #[arg(long, value_enum, default_value_t = Mode::Exit)]
+        mode: Mode,
         /// What guest memory is made of
         #[arg(long, value_enum, default_value_t = BackingArg::Shmem)]
         backing: BackingArg,
@@ -64,8 +64,8 @@ pub enum Command {
 #[derive(ClapArgs)]
 pub struct RunArgs {
     /// How guest memory is filled
-    #[arg(long, value_enum, default_value_t = ModeArg::Exit)]
-    mode: ModeArg,
+    #[arg(long, value_enum, default_value_t = Mode::Exit)]
+    mode: Mode,
 
     /// What guest memory is made of
     #[arg(long, value_enum, default_value_t = BackingArg::Shmem)]
@@ -80,8 +80,8 @@ pub struct RunArgs {
     vcpus: u64,
 
     /// The order in which each vCPU visits its pages
-    #[arg(long, value_enum, default_value_t = PatternArg::Random)]
-    pattern: PatternArg,
+    #[arg(long, value_enum, default_value_t = Pattern::Random)]
+    pattern: Pattern,
 
     /// Visit only every Nth page
     #[arg(long, default_value_t = 1, value_name = "N")]
@@ -124,11 +124,11 @@ pub struct RunArgs {
 impl RunArgs {
     pub fn config(&self) -> Config {
         Config {
-            mode: self.mode.into(),
+            mode: self.mode,
             backing: self.backing.into(),
             bytes: self.memory,
             vcpus: self.vcpus,
-            pattern: self.pattern.into(),
+            pattern: self.pattern,
             seed: self.seed,
             stride: self.stride,
             extent: self.extent,
@@ -137,74 +137,6 @@ impl RunArgs {
             gpa: self.gpa,
             timeout: Duration::from_secs(self.timeout),
             ..Config::default()
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub enum ModeArg {
-    /// The device, with fault exits: KVM_RUN returns, the vCPU's thread gets the page
-    Exit,
-    /// The same, and a guest that goes through its memory in order gets pages ahead of it
-    ExitPrefetch,
-    /// The device, without exits: a handler thread reads events
-    Wait,
-    /// Everything is in place before the guest starts
-    Floor,
-    /// userfaultfd, UFFDIO_COPY
-    UffdMissing,
-    /// userfaultfd, UFFDIO_CONTINUE
-    UffdMinor,
-}
-
-impl From<ModeArg> for Mode {
-    fn from(mode: ModeArg) -> Self {
-        match mode {
-            ModeArg::Exit => Self::Exit,
-            ModeArg::ExitPrefetch => Self::Prefetch,
-            ModeArg::Wait => Self::Wait,
-            ModeArg::Floor => Self::Floor,
-            ModeArg::UffdMissing => Self::UffdMissing,
-            ModeArg::UffdMinor => Self::UffdMinor,
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub enum BackingArg {
-    /// 4 KiB pages
-    Shmem,
-    /// 2 MiB hugetlb pages; reserve them in /proc/sys/vm/nr_hugepages
-    #[value(name = "hugetlb-2M")]
-    Huge2M,
-    /// 1 GiB hugetlb pages; reserve them on the kernel's command line
-    #[value(name = "hugetlb-1G")]
-    Huge1G,
-}
-
-impl From<BackingArg> for Backing {
-    fn from(backing: BackingArg) -> Self {
-        match backing {
-            BackingArg::Shmem => Self::Shmem,
-            BackingArg::Huge2M => Self::Huge2M,
-            BackingArg::Huge1G => Self::Huge1G,
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum PatternArg {
-    /// Shuffled, the same with the same seed
-    Random,
-    /// From the first page to the last
-    Sequential,
-}
-
-impl From<PatternArg> for Pattern {
-    fn from(pattern: PatternArg) -> Self {
-        match pattern {
-            PatternArg::Random => Self::Random,
-            PatternArg::Sequential => Self::Sequential,
         }
     }
 }

@@ -67,7 +67,7 @@ pub use guest::{
 };
 pub use kvm_demand_paging::Backing;
 pub use machine::{Machine, MAX_GPA, MAX_VCPUS, MIN_GPA, SCRATCH_GPA};
-pub use memory::{backing_name, buffer, populate, GuestMemory, PAGE_SIZE};
-pub use paging::{pager, Counters, Handler, Mode, Pager, Stopper};
+pub use memory::{backing_name, buffer, populate, BackingArg, GuestMemory, PAGE_SIZE};
+pub use paging::{pager, Counters, Handler, Memory, Mode, Pager, Stopper};
 pub use source::{fill_page, Image, Remote, Source};
 pub use vcpu::{MemoryFault, Stop, Vcpu};

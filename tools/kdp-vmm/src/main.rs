@@ -32,7 +32,7 @@ fn main() -> ExitCode {
             mode,
             backing,
             page,
-        } => run_clock(mode.into(), backing.into(), page),
+        } => run_clock(mode, backing.into(), page),
         Command::Man { dir } => write_man_pages(&dir),
     };
     match result {

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use kvm_demand_paging::{AliasMap, Backing, GuestMap, Memfd};
+use clap::ValueEnum;
+use kvm_demand_paging::{AliasMap, Backing, GuestMap, Memfd, PageRange};
 use rustix::mm::{madvise, Advice};
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -17,6 +18,29 @@ pub fn backing_name(backing: Backing) -> &'static str {
         Backing::Shmem => "shmem",
         Backing::Huge2M => "hugetlb-2M",
         Backing::Huge1G => "hugetlb-1G",
+    }
+}
+
+/// A [`Backing`] on a command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackingArg {
+    /// 4 KiB pages
+    Shmem,
+    /// 2 MiB hugetlb pages; reserve them in /proc/sys/vm/nr_hugepages
+    #[value(name = "hugetlb-2M")]
+    Huge2M,
+    /// 1 GiB hugetlb pages; reserve them on the kernel's command line
+    #[value(name = "hugetlb-1G")]
+    Huge1G,
+}
+
+impl From<BackingArg> for Backing {
+    fn from(backing: BackingArg) -> Self {
+        match backing {
+            BackingArg::Shmem => Self::Shmem,
+            BackingArg::Huge2M => Self::Huge2M,
+            BackingArg::Huge1G => Self::Huge1G,
+        }
     }
 }
 
@@ -64,12 +88,19 @@ impl From<GuestMap> for GuestMemory {
 
 /// Fault every page of a memfd's mapping in, writable, so that no later access through it faults.
 pub fn populate(map: &AliasMap) -> Result<()> {
+    populate_range(map, PageRange::new(0, map.pages()))
+}
+
+/// The same for a part of it.
+pub(crate) fn populate_range(map: &AliasMap, range: PageRange) -> Result<()> {
+    let part = map.slice(range)?;
+    let guard = part.ptr_guard_mut();
     // SAFETY: the range is the mapping's own; MADV_POPULATE_WRITE changes none of its contents.
-    unsafe { madvise(map.as_ptr().cast(), map.len(), Advice::LinuxPopulateWrite) }.map_err(|errno| {
+    unsafe { madvise(guard.as_ptr().cast(), part.len(), Advice::LinuxPopulateWrite) }.map_err(|errno| {
         Error::os(
             format!(
                 "populate {} bytes of memory (for hugetlb: are there enough free huge pages in /proc/meminfo?)",
-                map.len()
+                part.len()
             ),
             errno,
         )

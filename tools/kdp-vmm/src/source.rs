@@ -29,7 +29,12 @@ pub trait Source: Send + Sync {
 /// An image in memory, of known content.
 pub struct Image {
     memory: AliasMap,
+    pages: u64,
 }
+
+/// Pages after which [`Image::repeating`] begins again: a prime number, so that no block of a power of two has the
+/// contents of another one near it.
+const PERIOD: u64 = 4099;
 
 impl Image {
     /// An image of `bytes` bytes in which no two words are equal. Each seed gives another one.
@@ -51,7 +56,26 @@ impl Image {
             fill_page(n, seed, &mut page);
             memory.write(n, &page)?;
         }
-        Ok(Self { memory })
+        Ok(Self {
+            pages: memory.pages(),
+            memory,
+        })
+    }
+
+    /// An image of `bytes` bytes that takes little memory: its contents repeat.
+    pub fn repeating(bytes: u64, seed: u64) -> Result<Self> {
+        let image = Self::generate(bytes.min(PERIOD * PAGE_SIZE), seed)?;
+        Ok(Self {
+            pages: bytes / PAGE_SIZE,
+            ..image
+        })
+    }
+
+    /// The first of these pages in memory, with those that follow it there.
+    #[inline]
+    fn stored(&self, pages: PageRange) -> PageRange {
+        let first = pages.first % self.memory.pages();
+        PageRange::new(first, pages.count.min(self.memory.pages() - first))
     }
 }
 
@@ -77,17 +101,26 @@ pub fn fill_page(n: u64, seed: u64, page: &mut [u8; PAGE_SIZE as usize]) {
 
 impl Source for Image {
     fn pages(&self) -> u64 {
-        self.memory.pages()
+        self.pages
     }
 
     #[inline]
     fn fetch(&self, pages: PageRange, to: &VolatileSlice<'_>) -> Result<()> {
-        self.memory.slice(pages)?.copy_to_volatile_slice(*to);
-        Ok(())
+        let stored = self.stored(pages);
+        self.memory.slice(stored)?.copy_to_volatile_slice(*to);
+        if stored.count == pages.count {
+            return Ok(());
+        }
+        let rest = PageRange::new(pages.first + stored.count, pages.count - stored.count);
+        let done = (stored.count * PAGE_SIZE) as usize;
+        let to = to.offset(done).map_err(|e| Error::invalid(e.to_string()))?;
+        self.fetch(rest, &to)
     }
 
     fn direct(&self, pages: PageRange) -> Option<VolatileSlice<'_>> {
-        self.memory.slice(pages).ok()
+        let stored = self.stored(pages);
+        let whole = stored.count == pages.count;
+        whole.then(|| self.memory.slice(stored).ok()).flatten()
     }
 }
 
@@ -193,6 +226,22 @@ mod tests {
             for word in page.chunks_exact(8) {
                 assert!(seen.insert(word.to_vec()));
             }
+        }
+    }
+
+    #[test]
+    fn a_repeating_image_is_as_long_as_it_says_and_begins_again() {
+        let image = Image::repeating(3 * PERIOD * PAGE_SIZE, 5).unwrap();
+        assert_eq!(image.pages(), 3 * PERIOD);
+        let to = buffer(4 * PAGE_SIZE).unwrap();
+        let across = PageRange::new(2 * PERIOD - 2, 4);
+        image.fetch(across, &to.volatile()).unwrap();
+        assert!(image.direct(across).is_none());
+        for (at, page) in [PERIOD - 2, PERIOD - 1, 0, 1].into_iter().enumerate() {
+            let (mut got, mut expected) = ([0; PAGE_SIZE as usize], [0; PAGE_SIZE as usize]);
+            to.read(at as u64, &mut got).unwrap();
+            fill_page(page, 5, &mut expected);
+            assert!(got == expected, "page {at}");
         }
     }
 

@@ -20,7 +20,7 @@ use std::borrow::Cow;
 
 pub use clock::{Clock, ClockReport};
 pub use order::Order;
-pub use touch::{page_hash, Touch, HASH_FACTOR};
+pub use touch::{page_hash, Touch, BLOCK, HASH_FACTOR};
 
 /// `out`: the vCPU is ready; the VMM lets it go on when all the others are.
 pub const PORT_START: u16 = 0x10;

@@ -13,6 +13,9 @@ pub fn page_hash(words: impl IntoIterator<Item = u64>) -> u64 {
         .fold(0, |hash, word| (hash ^ word).wrapping_mul(HASH_FACTOR))
 }
 
+/// Pages in a block: see [`Touch::block_distance`].
+pub const BLOCK: u64 = 512;
+
 const WRITE: u64 = 1;
 const HASH: u64 = 2;
 
@@ -27,6 +30,7 @@ pub struct Touch {
     slot_gpa: u64,
     first: u64,
     stride: u64,
+    distance: u64,
     order: Order,
     flags: u64,
     salt: u64,
@@ -42,6 +46,7 @@ impl Touch {
             slot_gpa,
             first: 0,
             stride: 1,
+            distance: BLOCK,
             order,
             flags: 0,
             salt: 0,
@@ -63,6 +68,18 @@ impl Touch {
     pub fn stride(mut self, pages: u64) -> Self {
         self.stride = pages;
         self
+    }
+
+    /// Leave gaps after each [`BLOCK`] of pages that it visits: from the start of one to the start of the next are
+    /// this many pages, and no gap if that is [`BLOCK`]. Without a stride.
+    #[must_use]
+    pub fn block_distance(mut self, pages: u64) -> Self {
+        self.distance = pages;
+        self
+    }
+
+    fn gap(&self) -> u64 {
+        self.distance.saturating_sub(BLOCK)
     }
 
     /// Write the first word of each page: see [`written`](Self::written).
@@ -109,8 +126,10 @@ impl Touch {
 
     /// The pages of the memslot in the order of visits.
     pub fn pages(&self) -> impl Iterator<Item = u64> {
-        let (first, stride) = (self.first, self.stride);
-        self.order.iter().map(move |i| first + i * stride)
+        let (first, stride, gap) = (self.first, self.stride, self.gap());
+        self.order
+            .iter()
+            .map(move |i| first + i * stride + i / BLOCK * gap)
     }
 
     /// The word that it writes at the start of a page.
@@ -140,6 +159,7 @@ impl Touch {
                 self.rounds,
                 self.tick,
                 self.samples,
+                self.gap() * PAGE_SIZE,
             ])
     }
 }
@@ -182,7 +202,10 @@ fn code() -> &'static [u8] {
         "cmp r15, [rdi + 40]",
         "jae 5b",
         "mov rsi, r15",
-        "imul rsi, [rdi + 64]",
+        "shr rsi, {block_shift}",
+        "imul rsi, [rdi + 112]",
+        "imul r15, [rdi + 64]",
+        "add rsi, r15",
         "add rsi, [rdi + 56]",
         "mov r15, rsi",
         "sub r15, [rdi + 48]",
@@ -251,6 +274,7 @@ fn code() -> &'static [u8] {
         "jnz 4b",
         "hlt";
         factor = HASH_FACTOR,
+        block_shift = BLOCK.trailing_zeros(),
         start = PORT_START,
         tick = PORT_TICK,
         report = PORT_REPORT,
@@ -280,6 +304,10 @@ mod tests {
     fn pages_are_counted_from_the_start_of_the_memslot() {
         let touch = Touch::new(0, Order::sequential(3)).first(10).stride(4);
         assert_eq!(touch.pages().collect::<Vec<_>>(), [10, 14, 18]);
+        let spread = Touch::new(0, Order::sequential(BLOCK + 1)).block_distance(4 * BLOCK);
+        let pages: Vec<u64> = spread.pages().collect();
+        assert_eq!(pages[..2], [0, 1]);
+        assert_eq!(pages[511..], [511, 4 * BLOCK]);
         assert_eq!(touch.written(10), None);
         assert_ne!(
             touch.clone().write(1).written(10),

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::thread;
 
 use kvm_demand_paging::{
-    AliasMap, Backing, FaultExit, GuestMap, Memfd, PageRange, PresentBitmap, Reason, Vm,
+    AliasMap, FaultExit, GuestMap, Memfd, PageRange, PresentBitmap, Reason, Vm,
 };
 use rustix::io::Errno;
 
 use super::claims::Claims;
-use super::{Counters, Handler, Pager, Stopper};
+use super::{Counters, Handler, Memory, Pager, Stopper};
 use crate::error::{Error, Result};
-use crate::memory::{populate, GuestMemory, PAGE_SIZE};
+use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::source::Source;
 use crate::vcpu::MemoryFault;
 
@@ -33,28 +33,23 @@ pub(super) struct DevicePager {
     bitmap: PresentBitmap,
     claims: Claims,
     gpa: u64,
+    readers: u64,
     source: Arc<dyn Source>,
     counters: Counters,
 }
 
 impl DevicePager {
-    pub(super) fn new(
-        exits: bool,
-        backing: Backing,
-        bytes: u64,
-        gpa: u64,
-        source: Arc<dyn Source>,
-    ) -> Result<Self> {
+    pub(super) fn new(exits: bool, memory: &Memory, source: Arc<dyn Source>) -> Result<Self> {
         let vm = Vm::open()?;
         vm.set_nonblocking(true)?;
-        let memfd = Memfd::create("kdp-vmm-guest", backing, bytes)?;
+        let memfd = Memfd::create("kdp-vmm-guest", memory.backing, memory.bytes)?;
         let memslot = vm
             .create_memslot(SLOT, &memfd)
-            .base_gfn(gpa / PAGE_SIZE)
+            .base_gfn(memory.gpa / PAGE_SIZE)
             .paging(true)
             .create()?;
         let alias = memfd.map_all()?;
-        populate(&alias)?;
+        memory.populate(&alias)?;
         Ok(Self {
             exits,
             guest: Arc::new(memslot.map()?),
@@ -62,7 +57,8 @@ impl DevicePager {
             claims: Claims::new(alias.pages()),
             vm,
             alias,
-            gpa,
+            gpa: memory.gpa,
+            readers: memory.readers,
             source,
             counters: Counters::default(),
         })
@@ -200,7 +196,11 @@ impl Pager for DevicePager {
         }
     }
 
-    fn handler(self: Arc<Self>) -> Option<Handler> {
-        Some(Box::new(move |stop| self.handle(stop)))
+    fn handlers(self: Arc<Self>) -> Vec<Handler> {
+        let work = |_| -> Handler {
+            let pager = self.clone();
+            Box::new(move |stop| pager.handle(stop))
+        };
+        (0..self.readers).map(work).collect()
     }
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use kvm_demand_paging::{AliasMap, Backing, Memfd, PageRange};
+use kvm_demand_paging::{AliasMap, Memfd, PageRange};
 
-use super::{Counters, Pager};
+use super::{Counters, Memory, Pager};
 use crate::error::Result;
-use crate::memory::{populate, GuestMemory};
+use crate::memory::GuestMemory;
 use crate::source::Source;
 
 pub(super) struct Floor {
@@ -18,15 +18,18 @@ pub(super) struct Floor {
 const CHUNK: u64 = 256;
 
 impl Floor {
-    pub(super) fn new(backing: Backing, bytes: u64, source: &dyn Source) -> Result<Self> {
-        let memory = Memfd::create("kdp-vmm-guest", backing, bytes)?.map_all()?;
-        populate(&memory)?;
-        for first in (0..memory.pages()).step_by(CHUNK as usize) {
-            let range = PageRange::new(first, CHUNK.min(memory.pages() - first));
-            source.fetch(range, &memory.slice(range)?)?;
+    pub(super) fn new(memory: &Memory, source: &dyn Source) -> Result<Self> {
+        let map = Memfd::create("kdp-vmm-guest", memory.backing, memory.bytes)?.map_all()?;
+        memory.populate(&map)?;
+        for used in &memory.used {
+            let end = used.first + used.count;
+            for first in (used.first..end).step_by(CHUNK as usize) {
+                let range = PageRange::new(first, CHUNK.min(end - first));
+                source.fetch(range, &map.slice(range)?)?;
+            }
         }
         Ok(Self {
-            memory: Arc::new(memory),
+            memory: Arc::new(map),
             counters: Counters::default(),
         })
     }

@@ -2,6 +2,7 @@
 
 mod claims;
 mod device;
+mod file;
 mod floor;
 mod stopper;
 mod uffd;
@@ -10,29 +11,35 @@ mod uffd_sys;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
+use clap::ValueEnum;
 use kvm_demand_paging::{AliasMap, Backing, PageRange};
 
 pub use self::stopper::Stopper;
 use crate::error::{Error, Result};
-use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::memory::{populate_range, GuestMemory, PAGE_SIZE};
 use crate::source::Source;
 use crate::vcpu::MemoryFault;
 
 /// Who fills guest memory, and when.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+///
+/// All that a new mode needs: a variant, its name, what a fault of it brings, and a [`Pager`] in [`pager`]. The
+/// command lines and the benchmark take it from here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
 pub enum Mode {
-    /// Everything is there before the guest starts: a plain memfd, filled.
+    /// Everything is in place before the guest starts
     Floor,
-    /// The device, with fault exits: the vCPU's own thread copies the page and sets its bit.
+    /// The device, with fault exits: KVM_RUN returns, the vCPU's thread gets the page
     Exit,
-    /// As [`Exit`](Self::Exit), and a guest that goes through its memory in order gets pages ahead of it.
+    /// The same, and a guest that goes through its memory in order gets pages ahead of it
+    #[value(name = "exit-prefetch")]
     Prefetch,
-    /// The device, without exits: a handler thread reads events and marks pages present.
+    /// The device, without exits: a handler thread reads events
     Wait,
-    /// userfaultfd, missing faults: a handler thread calls UFFDIO_COPY.
+    /// The device, which reads pages from a file by itself
+    Source,
+    /// userfaultfd, UFFDIO_COPY
     UffdMissing,
-    /// userfaultfd, minor faults: a handler thread copies through a second mapping and calls
-    /// UFFDIO_CONTINUE.
+    /// userfaultfd, UFFDIO_CONTINUE
     UffdMinor,
 }
 
@@ -44,6 +51,7 @@ impl Mode {
             Self::Exit => "exit",
             Self::Prefetch => "exit-prefetch",
             Self::Wait => "wait",
+            Self::Source => "source",
             Self::UffdMissing => "uffd-missing",
             Self::UffdMinor => "uffd-minor",
         }
@@ -53,8 +61,13 @@ impl Mode {
     pub fn fault_bytes(self, backing: Backing) -> u64 {
         match self {
             Self::UffdMissing | Self::UffdMinor => backing.page_size(),
-            Self::Floor | Self::Exit | Self::Prefetch | Self::Wait => PAGE_SIZE,
+            Self::Floor | Self::Exit | Self::Prefetch | Self::Wait | Self::Source => PAGE_SIZE,
         }
+    }
+
+    /// Do its faults go to handler threads, of which there may be several?
+    pub fn has_readers(self) -> bool {
+        matches!(self, Self::Wait | Self::UffdMissing | Self::UffdMinor)
     }
 
     /// The most pages that are fetched for one exit: a block that one huge entry maps.
@@ -122,37 +135,77 @@ pub trait Pager: Send + Sync {
         )))
     }
 
-    /// The handler thread's work, if this mode has one.
-    fn handler(self: Arc<Self>) -> Option<Handler> {
-        None
+    /// The handler threads' work, if this mode has any.
+    fn handlers(self: Arc<Self>) -> Vec<Handler> {
+        Vec::new()
     }
 }
 
 /// A handler thread's work, until it is stopped.
 pub type Handler = Box<dyn FnOnce(&Stopper) -> Result<()> + Send>;
 
-/// Memory of `bytes` bytes that is filled from `source` in this mode. `gpa` is where the guest has it.
-pub fn pager(
-    mode: Mode,
-    backing: Backing,
-    bytes: u64,
-    gpa: u64,
-    source: Arc<dyn Source>,
-) -> Result<Arc<dyn Pager>> {
-    Ok(match mode {
-        Mode::Floor => Arc::new(floor::Floor::new(backing, bytes, source.as_ref())?),
-        Mode::Exit | Mode::Prefetch | Mode::Wait => Arc::new(device::DevicePager::new(
-            mode != Mode::Wait,
+/// The memory that a pager fills.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    /// What it is made of.
+    pub backing: Backing,
+    /// Its size.
+    pub bytes: u64,
+    /// Where the guest has it.
+    pub gpa: u64,
+    /// What the guest will visit at most. What a mode does before the guest runs, it does for these pages.
+    pub used: Vec<PageRange>,
+    /// Handler threads, in modes that have them. With several userfaultfds each has its part of the memory.
+    pub readers: u64,
+}
+
+impl Memory {
+    /// Memory of which the guest may visit everything, with one handler thread.
+    pub fn new(backing: Backing, bytes: u64, gpa: u64) -> Self {
+        Self {
             backing,
             bytes,
             gpa,
+            used: vec![PageRange::new(0, bytes / PAGE_SIZE)],
+            readers: 1,
+        }
+    }
+
+    /// Fault in what will be used, through this mapping.
+    fn populate(&self, map: &AliasMap) -> Result<()> {
+        self.used
+            .iter()
+            .try_for_each(|&range| populate_range(map, range))
+    }
+}
+
+/// Memory that is filled from `source` in this mode.
+pub fn pager(mode: Mode, memory: &Memory, source: Arc<dyn Source>) -> Result<Arc<dyn Pager>> {
+    Ok(match mode {
+        Mode::Floor => Arc::new(floor::Floor::new(memory, source.as_ref())?),
+        Mode::Exit | Mode::Prefetch | Mode::Wait => Arc::new(device::DevicePager::new(
+            mode != Mode::Wait,
+            memory,
             source,
         )?),
+        Mode::Source => Arc::new(file::FilePager::new(memory, source.as_ref())?),
         Mode::UffdMissing | Mode::UffdMinor => Arc::new(uffd::UffdPager::new(
             mode == Mode::UffdMinor,
-            backing,
-            bytes,
+            memory,
             source,
         )?),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_have_one_name() {
+        for mode in Mode::value_variants() {
+            let value = mode.to_possible_value().unwrap();
+            assert_eq!(value.get_name(), mode.name());
+        }
+    }
 }

@@ -81,7 +81,6 @@ pub(super) enum Faults {
 #[derive(Debug)]
 pub(super) struct Userfaultfd {
     fd: OwnedFd,
-    faults: Faults,
 }
 
 impl AsFd for Userfaultfd {
@@ -100,7 +99,7 @@ impl Userfaultfd {
                 e,
             )
         })?;
-        let uffd = Self { fd, faults };
+        let uffd = Self { fd };
         let mut api = Api {
             api: UFFD_API,
             features: match faults {
@@ -114,15 +113,17 @@ impl Userfaultfd {
         Ok(uffd)
     }
 
-    pub(super) fn faults(&self) -> Faults {
-        self.faults
-    }
-
-    /// Hand the faults on this memory to whoever reads the userfaultfd.
-    pub(super) fn register(&self, memory: &AliasMap) -> Result<()> {
+    /// Hand faults on this part of the memory to whoever reads the userfaultfd.
+    pub(super) fn register(
+        &self,
+        faults: Faults,
+        memory: &AliasMap,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
         let mut register = Register {
-            range: range(memory, 0, memory.len() as u64),
-            mode: match self.faults {
+            range: range(memory, offset, len),
+            mode: match faults {
                 Faults::Missing => REGISTER_MODE_MISSING,
                 Faults::Minor => REGISTER_MODE_MINOR,
             },

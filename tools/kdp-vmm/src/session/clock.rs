@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::guest::{Clock, ClockReport};
 use crate::machine::Machine;
 use crate::memory::PAGE_SIZE;
-use crate::paging::{self, Mode};
+use crate::paging::{self, Memory, Mode};
 use crate::source::Source;
 
 /// What came of it.
@@ -41,11 +41,12 @@ pub fn run_clock(
             "page {page} for the clock: memory has {pages} pages"
         )));
     }
-    let pager = paging::pager(mode, backing, pages * PAGE_SIZE, gpa, source)?;
+    let pager = paging::pager(mode, &Memory::new(backing, pages * PAGE_SIZE, gpa), source)?;
     let machine = Machine::new(0)?;
     machine.map(gpa, pager.guest())?;
     let program = Clock::new(gpa + page * PAGE_SIZE, reads).program();
-    let outcomes = drive(vec![machine.vcpu(0, &program)?], &pager, mode, timeout)?;
+    let vcpus = vec![machine.vcpu(0, &program)?];
+    let outcomes = drive(vcpus, &pager, mode, timeout, timeout)?;
     let outcome = &outcomes[0];
     let values: Vec<u64> = outcome.reports.iter().map(|&(_, value)| value).collect();
     let clock = ClockReport::from_reports(&values)

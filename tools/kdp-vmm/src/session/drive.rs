@@ -1,4 +1,4 @@
-//! The threads of a session: one for each vCPU, one for the handler.
+//! The threads of a session: one for each vCPU, and the handler's.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -35,22 +35,24 @@ enum Message {
     HandlerFailed(Error),
 }
 
-/// Run every vCPU, and the pager's handler, on a thread of its own until all programs have ended. The
+/// Run every vCPU, and each of the pager's handlers, on a thread of its own until all programs have ended. The
 /// outcomes are in the order of the vCPUs' numbers.
 ///
 /// Every program must write to [`PORT_START`](crate::PORT_START) once: they all wait there for each other.
 ///
-/// After an error threads may stay behind that wait for pages for ever: end the process then.
+/// It is an error if that takes longer than `timeout`, or if for as long as `stall` no vCPU ends and no page is
+/// fetched. Threads may stay behind then that wait for pages for ever: end the process after any error.
 pub fn drive(
     vcpus: Vec<Vcpu>,
     pager: &Arc<dyn Pager>,
     mode: Mode,
     timeout: Duration,
+    stall: Duration,
 ) -> Result<Vec<Outcome>> {
     let prefetch = mode.prefetch();
     let (sender, receiver) = mpsc::channel();
     let stopper = Arc::new(Stopper::new()?);
-    let handler = pager.clone().handler().map(|work| {
+    let handlers = pager.clone().handlers().into_iter().map(|work| {
         let (stopper, sender) = (stopper.clone(), sender.clone());
         thread::spawn(move || {
             if let Err(e) = work(&stopper) {
@@ -59,6 +61,7 @@ pub fn drive(
             }
         })
     });
+    let handlers: Vec<_> = handlers.collect();
     let barrier = Arc::new(Barrier::new(vcpus.len()));
     let mut running: BTreeSet<u64> = vcpus.iter().map(Vcpu::number).collect();
     for vcpu in vcpus {
@@ -69,18 +72,25 @@ pub fn drive(
             let _ = sender.send(Message::Vcpu(number, outcome));
         });
     }
-    let deadline = Instant::now() + timeout;
+    let started = Instant::now();
     let mut outcomes = Vec::new();
+    let mut fetched = 0;
     while !running.is_empty() {
-        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let left = timeout.saturating_sub(started.elapsed());
+        match receiver.recv_timeout(left.min(stall)) {
             Ok(Message::Vcpu(number, outcome)) => {
                 running.remove(&number);
                 outcomes.push(outcome?);
             }
             Ok(Message::HandlerFailed(e)) => return Err(e),
+            Err(RecvTimeoutError::Timeout)
+                if left > stall && pager.counters().fetched() > fetched =>
+            {
+                fetched = pager.counters().fetched();
+            }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 return Err(Error::TimedOut {
-                    seconds: timeout.as_secs(),
+                    seconds: started.elapsed().as_secs(),
                     waiting: format!(
                         "vCPUs {running:?} still run; {} pages were fetched",
                         pager.counters().fetched()
@@ -90,7 +100,7 @@ pub fn drive(
         }
     }
     stopper.stop()?;
-    if let Some(handler) = handler {
+    for handler in handlers {
         handler
             .join()
             .map_err(|_| Error::invalid("the handler thread panicked"))?;

@@ -6,24 +6,26 @@ mod drive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_demand_paging::Backing;
+use clap::ValueEnum;
+use kvm_demand_paging::{Backing, PageRange};
 
 pub use self::clock::{run_clock, ClockOutcome};
 pub use self::drive::{drive, Outcome};
 use crate::error::{Error, Result};
+pub use crate::guest::BLOCK;
 use crate::guest::{Order, Touch};
 use crate::machine::{Machine, MAX_GPA, MAX_VCPUS, MIN_GPA, SCRATCH_GPA};
 use crate::memory::{backing_name, PAGE_SIZE};
-use crate::paging::{self, Mode, Pager};
+use crate::paging::{self, Memory, Mode, Pager};
 use crate::source::Source;
 use crate::verify;
 
 /// The order in which each vCPU visits its pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
 pub enum Pattern {
-    /// Shuffled.
+    /// Shuffled, the same with the same seed
     Random,
-    /// From the first to the last.
+    /// From the first page to the last
     Sequential,
 }
 
@@ -68,14 +70,20 @@ pub struct Config {
     pub stride: u64,
     /// Visit only the first so many pages of the memory.
     pub extent: Option<u64>,
+    /// Visit only so many pages, in whole blocks of [`BLOCK`] pages that are spread over the memory.
+    pub visit: Option<u64>,
     /// Rounds over all pages: the first one pages them in.
     pub rounds: u64,
     /// Where the guest has the memory.
     pub gpa: u64,
     /// Measure the latency of each first access, by the guest's TSC.
     pub samples: bool,
+    /// Handler threads, in modes that have them.
+    pub readers: u64,
     /// How long the guest may take.
     pub timeout: Duration,
+    /// How long it may take from one page to the next: a guest that is lost comes no further.
+    pub stall: Duration,
 }
 
 impl Default for Config {
@@ -91,10 +99,13 @@ impl Default for Config {
             whole_pages: true,
             stride: 1,
             extent: None,
+            visit: None,
             rounds: 1,
             gpa: MIN_GPA,
             samples: true,
+            readers: 1,
             timeout: Duration::from_secs(600),
+            stall: Duration::from_secs(600),
         }
     }
 }
@@ -121,6 +132,16 @@ impl Config {
                 self.bytes, self.gpa
             )));
         }
+        if let Some(visit) = self.visit {
+            let whole = visit % (BLOCK * self.vcpus) == 0 && self.bytes % (BLOCK * PAGE_SIZE) == 0;
+            if !whole || visit == 0 || visit > self.bytes / PAGE_SIZE || self.stride != 1 {
+                return Err(Error::invalid(format!(
+                    "{visit} pages to visit of {} bytes by {} vCPUs: each must have whole blocks of {BLOCK} pages, \
+                     and every page of them",
+                    self.bytes, self.vcpus
+                )));
+            }
+        }
         if self.stride == 0 || self.pages_visited() / self.vcpus == 0 {
             return Err(Error::invalid(format!(
                 "{} pages, of which every {}th is visited, are too few for {} vCPUs",
@@ -146,7 +167,26 @@ impl Config {
     }
 
     fn pages_visited(&self) -> u64 {
-        self.extent().checked_div(self.stride).unwrap_or(0)
+        let all = self.extent().checked_div(self.stride);
+        self.visit.or(all).unwrap_or(0)
+    }
+
+    /// Pages from the start of a block of visited pages to the start of the next.
+    fn block_distance(&self) -> u64 {
+        let blocks = |pages: u64| (pages / BLOCK).max(1);
+        self.visit.map_or(BLOCK, |visit| {
+            blocks(self.bytes / PAGE_SIZE) / blocks(visit) * BLOCK
+        })
+    }
+
+    /// What the guest will visit.
+    fn used(&self) -> Vec<PageRange> {
+        match self.visit {
+            None => vec![PageRange::new(0, self.extent())],
+            Some(visit) => (0..visit / BLOCK)
+                .map(|n| PageRange::new(n * self.block_distance(), BLOCK))
+                .collect(),
+        }
     }
 
     /// The work of one vCPU: a contiguous share of the pages, the last one's with the remainder.
@@ -160,8 +200,12 @@ impl Config {
             share
         };
         let mut touch = Touch::new(self.gpa, self.pattern.order(count, self.seed + vcpu))
-            .first(first * self.stride)
+            .first(match self.visit {
+                None => first * self.stride,
+                Some(_) => first / BLOCK * self.block_distance(),
+            })
             .stride(self.stride)
+            .block_distance(self.block_distance())
             .rounds(self.rounds);
         if self.write {
             touch = touch.write(self.seed);
@@ -228,13 +272,12 @@ impl Report {
 /// process then.
 pub fn run(config: &Config, source: Arc<dyn Source>) -> Result<Report> {
     config.check(source.as_ref())?;
-    let pager = paging::pager(
-        config.mode,
-        config.backing,
-        config.bytes,
-        config.gpa,
-        source.clone(),
-    )?;
+    let memory = Memory {
+        used: config.used(),
+        readers: config.readers,
+        ..Memory::new(config.backing, config.bytes, config.gpa)
+    };
+    let pager = paging::pager(config.mode, &memory, source.clone())?;
     let touches: Vec<Touch> = (0..config.vcpus).map(|n| config.touch(n)).collect();
     let mut scratch = SCRATCH_GPA;
     let samples: Vec<u64> = touches
@@ -254,7 +297,7 @@ pub fn run(config: &Config, source: Arc<dyn Source>) -> Result<Report> {
     }
     let khz = vcpus[0].tsc_khz()?;
 
-    let outcomes = drive(vcpus, &pager, config.mode, config.timeout)?;
+    let outcomes = drive(vcpus, &pager, config.mode, config.timeout, config.stall)?;
 
     let mut latencies = Vec::new();
     if config.samples {
