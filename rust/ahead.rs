@@ -83,7 +83,7 @@ fn read(slot: &Memslot, source: &Arc<Source>, bite: &Bite) -> bool {
         while page < bite.end {
             if pages.state(page) == State::Sourced {
                 match source.fill(slot, &pages, page) {
-                    Ok(Filled::Now) => filled += 1,
+                    Ok(Filled::Now(..)) => filled += 1,
                     Ok(Filled::Already) => (),
                     Ok(Filled::NotCached) => break,
                     // Whoever touches the page is told.

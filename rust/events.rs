@@ -273,7 +273,7 @@ impl Events {
             thread,
             error,
         };
-        if self.notices.push(notice) {
+        if self.notices.push(notice).is_none() {
             self.readers.asleep.tell_one();
         }
     }
@@ -352,7 +352,7 @@ impl Events {
                     Some(Found::Event(shard, delivery, _)) => {
                         shard.with(|queue| queue.unread_again(delivery));
                     }
-                    Some(Found::Notice(notice)) => self.notices.put_back(notice),
+                    Some(Found::Notice(notice)) => drop(self.notices.put_back(notice)),
                     None => (),
                 }
                 self.readers.asleep.tell_one();

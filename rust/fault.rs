@@ -71,20 +71,24 @@ impl Mapping for MemoryMapping {
         loop {
             let pages = slot.pages.read();
             let (mut state, mut word) = pages.look(page);
-            let source = pages.source().filter(|_| state == State::Sourced).cloned();
-            if let Some(source) = &source {
+            let mut filled = None;
+            let source = pages.source().filter(|_| state == State::Sourced);
+            if let Some(source) = source {
                 match source.fill(&slot, &pages, page) {
-                    Ok(filled) => {
-                        if filled == Filled::Now {
-                            slot.stats.source_reads().add(1);
-                        }
-                        (state, word) = pages.look(page);
+                    Ok(Filled::Now(frame, around)) => {
+                        slot.stats.source_reads().add(1);
+                        (state, word, filled) = (State::Present, around, Some(frame));
                     }
+                    Ok(Filled::Already) => (state, word) = pages.look(page),
+                    Ok(Filled::NotCached) => (),
                     Err(why) => return unfilled(&slot, &fault, page, why),
                 }
             }
             if state == State::Present {
-                let Ok(frame) = slot.backing.frame(&pages, page) else {
+                let frame = filled
+                    .ok_or(ENOMEM)
+                    .or_else(|_| slot.backing.frame(&pages, page));
+                let Ok(frame) = frame else {
                     return cannot_pin(&slot, &fault, page);
                 };
                 let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_RETRY);
@@ -101,6 +105,7 @@ impl Mapping for MemoryMapping {
                 drop(pages);
                 return mapped(&slot, fault, page, 0, outcome, exits);
             }
+            let source = source.cloned();
             drop(pages);
 
             let served = slot.vm.events.is_served();

@@ -2,12 +2,20 @@
 
 //! What a VM's readers are told that nobody waits for: a bounded list, oldest first.
 
-use crate::events::Access;
-use crate::ffi::task::Pid;
+use crate::{
+    events::Access,
+    ffi::task::Pid, //
+};
 use kernel::{
     new_spinlock,
     prelude::*,
-    sync::SpinLock, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        SpinLock, //
+    }, //
 };
 
 /// How many are kept; the ABI says so.
@@ -25,45 +33,79 @@ pub(crate) struct Notice {
 #[pin_data]
 pub(crate) struct Notices {
     #[pin]
-    list: SpinLock<[Option<Notice>; MAX]>,
+    ring: SpinLock<Ring>,
+    /// A copy of the ring's length, for readers: there is hardly ever one. Changed under the lock. Relaxed, as a
+    /// shard's "unread" is (events.rs).
+    len: Atomic<usize>,
+}
+
+struct Ring {
+    places: [Option<Notice>; MAX],
+    first: usize,
+    len: usize,
 }
 
 impl Notices {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            list <- new_spinlock!([const { None }; MAX], "kdp_notices"),
+            ring <- new_spinlock!(
+                Ring {
+                    places: [const { None }; MAX],
+                    first: 0,
+                    len: 0,
+                },
+                "kdp_notices"
+            ),
+            len: Atomic::new(0),
         })
     }
 
-    /// Adds one; says whether there was room.
-    pub(crate) fn push(&self, notice: Notice) -> bool {
-        let mut list = self.list.lock();
-        let Some(free) = list.iter_mut().find(|place| place.is_none()) else {
-            drop(list);
-            return false;
-        };
-        *free = Some(notice);
-        true
+    fn with<R>(&self, change: impl FnOnce(&mut Ring) -> R) -> R {
+        let mut ring = self.ring.lock();
+        let result = change(&mut ring);
+        self.len.store(ring.len, Relaxed);
+        result
+    }
+
+    /// Adds one; gives it back if there is no room.
+    pub(crate) fn push(&self, notice: Notice) -> Option<Notice> {
+        self.with(|ring| {
+            if ring.len == MAX {
+                return Some(notice);
+            }
+            ring.places[(ring.first + ring.len) % MAX] = Some(notice);
+            ring.len += 1;
+            None
+        })
     }
 
     /// Takes the oldest.
     pub(crate) fn pop(&self) -> Option<Notice> {
-        let mut list = self.list.lock();
-        let first = list[0].take();
-        list.rotate_left(1);
-        first
+        if self.is_empty() {
+            return None;
+        }
+        self.with(|ring| {
+            let notice = ring.places[ring.first].take()?;
+            ring.first = (ring.first + 1) % MAX;
+            ring.len -= 1;
+            Some(notice)
+        })
     }
 
-    /// Puts back what was taken last, unless others have filled the list since.
-    pub(crate) fn put_back(&self, notice: Notice) {
-        let mut list = self.list.lock();
-        if list[MAX - 1].is_none() {
-            list.rotate_right(1);
-            list[0] = Some(notice);
-        }
+    /// Puts back what was taken last; gives it back if others have filled the list since.
+    pub(crate) fn put_back(&self, notice: Notice) -> Option<Notice> {
+        self.with(|ring| {
+            if ring.len == MAX {
+                return Some(notice);
+            }
+            ring.first = (ring.first + MAX - 1) % MAX;
+            ring.places[ring.first] = Some(notice);
+            ring.len += 1;
+            None
+        })
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.list.lock()[0].is_none()
+        self.len.load(Relaxed) == 0
     }
 }

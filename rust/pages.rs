@@ -304,16 +304,53 @@ impl Pages {
         }
     }
 
-    /// A page that was zero, or that the source had, has been filled: it is present now.
+    /// The present bit of a page that is going to be filled, where paging is on.
+    #[inline]
+    pub(crate) fn present_bit(&self, page: u64) -> Result<PresentBit<'_>> {
+        let Mode::On { default } = self.mode else {
+            return Err(ENXIO);
+        };
+        let (chunk, word, bit) = range::locate(page);
+        let words = match self.present.get(chunk as usize) {
+            Some(words) => words,
+            None => Self::chunk(&self.present, chunk, default)?,
+        };
+        Ok(PresentBit {
+            word: &words.words()[word],
+            bit,
+        })
+    }
+
+    /// A page that was zero has been filled: it is present now.
     pub(crate) fn filled(&self, page: u64) -> Result {
         let (chunk, word, bit) = range::locate(page);
-        let Mode::On { default } = self.mode else {
+        if !matches!(self.mode, Mode::On { .. }) {
             return Ok(());
-        };
-        Self::chunk(&self.present, chunk, default)?.words()[word].set_release(bit);
+        }
+        self.present_bit(page)?.set();
         if let Some(zero) = Self::words(&self.zero, chunk) {
             zero[word].clear(bit);
         }
         Ok(())
+    }
+}
+
+/// The present bit of a page.
+pub(crate) struct PresentBit<'a> {
+    word: &'a SharedWord,
+    bit: u64,
+}
+
+impl PresentBit<'_> {
+    /// Whether it is set.
+    #[inline]
+    pub(crate) fn is_set(&self) -> bool {
+        self.word.load_acquire() & self.bit != 0
+    }
+
+    /// Sets it, after the page's bytes were written; returns the bits around it.
+    #[inline]
+    pub(crate) fn set(&self) -> u64 {
+        self.word.set_release(self.bit) | self.bit
     }
 }

@@ -45,7 +45,8 @@ use kernel::{
 /// Threads share an observer by their number: each should have one of its own.
 const OBSERVERS: usize = 32;
 
-/// What is known of the threads that share it.
+/// What is known of the threads that share it, in cache lines of its own.
+#[repr(align(64))]
 struct Observer {
     streams: Streams,
     /// Pages to be read ahead, first and one past the last.
@@ -72,10 +73,9 @@ pub(crate) struct Source {
 }
 
 /// What came of filling a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Filled {
-    /// It is present now.
-    Now,
+pub(crate) enum Filled<'a> {
+    /// It is present now: its frame, and the present bits around it.
+    Now(Pfn<'a>, u64),
     /// Another thread was faster; or the page is no longer the source's.
     Already,
     /// The page cache does not have it.
@@ -136,29 +136,31 @@ impl Source {
         &self.observers[current_number() % OBSERVERS]
     }
 
-    /// Fills a page that was found in the state "sourced", if the page cache has it.
+    /// Fills a page in the state "sourced", if the page cache has it.
     #[inline]
-    pub(crate) fn fill(
+    pub(crate) fn fill<'a>(
         &self,
         slot: &Memslot,
-        pages: &Pages,
+        pages: &'a Pages,
         page: u64,
-    ) -> Result<Filled, Unfilled> {
+    ) -> Result<Filled<'a>, Unfilled> {
         self.fill_with(slot, pages, page, None)
     }
 
-    fn fill_with(
+    fn fill_with<'a>(
         &self,
         slot: &Memslot,
-        pages: &Pages,
+        pages: &'a Pages,
         page: u64,
         fetched: Option<&Fetched>,
-    ) -> Result<Filled, Unfilled> {
+    ) -> Result<Filled<'a>, Unfilled> {
+        let no_memory = |_| Unfilled::NoMemory;
+        let present = pages.present_bit(page).map_err(no_memory)?;
         let _filling = self.filling.lock(page);
-        if pages.state(page) != State::Sourced {
+        // As long as the caller has `pages`, that is the only other state that a sourced page comes to.
+        if present.is_set() {
             return Ok(Filled::Already);
         }
-        let no_memory = |_| Unfilled::NoMemory;
         let frame: Pfn<'_> = slot.backing.frame(pages, page).map_err(no_memory)?;
         match fetched {
             Some(Fetched::Hole) => frame.zero(),
@@ -170,8 +172,7 @@ impl Source {
                 }
             }
         }
-        pages.filled(page).map_err(no_memory)?;
-        Ok(Filled::Now)
+        Ok(Filled::Now(frame, present.set()))
     }
 
     /// Reads a page, so that the next look finds it, in the page cache if not present. No lock is held.
@@ -182,11 +183,12 @@ impl Source {
             Err(e) => return Err(e),
         };
         let pages = slot.pages.read();
-        if !pages.source().is_some_and(|now| ptr::eq(&**now, self)) {
+        let is_ours = pages.source().is_some_and(|now| ptr::eq(&**now, self));
+        if !is_ours || pages.state(page) != State::Sourced {
             return Ok(());
         }
         match self.fill_with(slot, &pages, page, Some(&fetched)) {
-            Ok(Filled::Now) => {
+            Ok(Filled::Now(..)) => {
                 slot.stats.source_reads().add(1);
                 Ok(())
             }

@@ -189,7 +189,7 @@ def virtme_args(args, kvm, stderr_fd):
     else:
         # Without ERMS and FSRM: emulation does `rep movsb` byte by byte, and counts it so. Without LA57: the kernel's
         # KASAN takes a good address for a bad one when an interrupt comes while it identifies the boot CPU.
-        qemu = ["-cpu", "max,+svm,+npt,-la57,-erms,-fsrm"]
+        qemu = ["-cpu", "max,family=23,model=49,+svm,+npt,-la57,-erms,-fsrm"]
         clock = ["-icount", "shift=0,sleep=off"] if args.icount else []
         qemu += ["-accel", "tcg" if args.icount else "tcg,thread=multi", *clock]
     # The root is read-only; the checkout, which lies in it, is exported once more to be written.
