@@ -72,6 +72,10 @@ def demo(args):
             "the same without us: fetch all of its memory onto huge pages first, then resume",
             steps.restore_after_fetch, settings, snapshot,
         )
+    from_file = step.run(
+        "the same with no handler at all: the kernel reads the snapshot's file in the fault",
+        steps.restore_from_file, settings, snapshot,
+    )
     vmm_bytes = 16 << 20
     exits = step.run(
         "run the small VMM's guest with fault exits", steps.small_vmm, settings, "exit", "shmem", vmm_bytes
@@ -86,6 +90,7 @@ def demo(args):
         "cpus": os.cpu_count(),
         "device": device,
         "eager": eager,
+        "file": from_file,
         "vmm_exit": exits,
         "vmm_uffd": uffd,
     }

@@ -102,6 +102,31 @@ class Tool:
             raise Failure(f"{self.what} gave no JSON; {self.said()}") from e
 
 
+class Restorer(Tool):
+    """`kdp restore`, with a memslot at /dev/kdp/NAME whose pages the kernel reads from `file`."""
+
+    def __init__(self, work, name, file, timeout):
+        ready = Path(work, "restore.ready")
+        ready.unlink(missing_ok=True)
+        super().__init__(f"{work}/kdp", "restore", "--create", name, "--hugetlb", "2M", "--ready-file", str(ready), file)
+        self.work = work
+        self.wait(ready.exists, timeout, f"/dev/kdp/{name} is there")
+        self.memory = f"/dev/kdp/{name}"
+
+
+def memslot_counters(work, pid):
+    """What the module has counted of the memslot that a process has open."""
+    done = subprocess.run(
+        [f"{work}/kdp", "stat", "--json", str(pid)], capture_output=True, text=True, check=False, timeout=60
+    )
+    if done.returncode != 0:
+        raise Failure(f"kdp stat: {done.stderr.strip()}")
+    memslots = json.loads(done.stdout)["memslots"]
+    if not memslots:
+        raise Failure(f"process {pid} has no memslot open")
+    return memslots[0]["values"]
+
+
 class Handler(Tool):
     """`kdp handle`, with a memslot of its own at /dev/kdp/NAME and its pages at `source`."""
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pages import Handler, Tool, reserve_huge_pages
+from pages import Handler, Restorer, Tool, memslot_counters, reserve_huge_pages
 from qemu import Failure, Qemu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,12 +141,12 @@ def resume(settings, snapshot, memory_path, at_first_tick=None, at_first_verify=
         monitor.run("cont")
         _, ticked, _ = qemu.console.wait_for("^KDP-TICK", 30 * SLOW, "the first tick after the resume")
         if at_first_tick:
-            at_first_tick()
+            at_first_tick(qemu.process.pid)
         # The round that was under way at the stop may have ended with what was already read.
         at, _, _ = qemu.console.wait_for("^KDP-VERIFY ok", 120 * SLOW, "the first verification after the resume")
         at, verified, _ = qemu.console.wait_for("^KDP-VERIFY ok", 120 * SLOW, "a whole verification", at + 1)
         if at_first_verify:
-            at_first_verify()
+            at_first_verify(qemu.process.pid)
         ticks = qemu.console.ticks()
         check_sequence(ticks, snapshot.last_tick)
         return {
@@ -176,13 +176,41 @@ def restore_on_device(settings, snapshot, name="demo"):
             settings,
             snapshot,
             handler.memory,
-            lambda: reports.update(at_first_tick=handler.report(30 * SLOW)),
-            lambda: reports.update(at_first_verify=handler.report(30 * SLOW)),
+            lambda _: reports.update(at_first_tick=handler.report(30 * SLOW)),
+            lambda _: reports.update(at_first_verify=handler.report(30 * SLOW)),
         )
         handler.stop(30 * SLOW)
     full = reports["at_first_verify"]
     if not 0 < full["pages_fetched"] < settings.memory // PAGE:
         raise Failure(f"the handler fetched {full['pages_fetched']} pages: they were not paged in on demand")
+    return times | reports | {"before_s": ready - began}
+
+
+def restore_from_file(settings, snapshot, name="demo-file"):
+    """The restore without a handler: the kernel reads the snapshot itself, in the fault."""
+    reserve_huge_pages(settings.memory)
+    reports = {}
+    began = time.monotonic()
+    with Restorer(settings.work, name, snapshot.ram, 30 * SLOW) as restorer:
+        ready = time.monotonic()
+
+        def first_tick(pid):
+            reports["at_first_tick"] = memslot_counters(settings.work, pid)
+            # From here on nobody is there but QEMU and the kernel.
+            restorer.stop(30 * SLOW)
+
+        times = resume(
+            settings,
+            snapshot,
+            restorer.memory,
+            first_tick,
+            lambda pid: reports.update(at_first_verify=memslot_counters(settings.work, pid)),
+        )
+    full = reports["at_first_verify"]
+    if full["source-reads"] + full["source-ahead"] >= settings.memory // PAGE or full["source-reads"] == 0:
+        raise Failure(f"the kernel read {full['source-reads']} pages: they were not paged in on demand")
+    if full["exits"] or full["waits"] or full["source-errors"]:
+        raise Failure(f"somebody was asked for pages that the file has: {json.dumps(full)}")
     return times | reports | {"before_s": ready - began}
 
 

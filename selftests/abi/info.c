@@ -21,7 +21,9 @@ FIXTURE_TEARDOWN(abi)
 TEST_F(abi, info_values)
 {
 	const __u64 known = KDP_FEATURE_EXITS | KDP_FEATURE_PATHS | KDP_FEATURE_HUGE |
-			    KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE;
+			    KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE | KDP_FEATURE_SOURCE;
+	const __u64 always = KDP_FEATURE_PATHS | KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE |
+			     KDP_FEATURE_SOURCE;
 	struct kdp_info info = {
 		.size = sizeof(info), .api_version = ~0U, .page_shift = ~0U, .features = ~0ULL,
 		.bitmap_offset = ~0ULL, .max_pages = ~0ULL, .max_memslots = ~0U,
@@ -34,8 +36,7 @@ TEST_F(abi, info_values)
 	EXPECT_EQ(KDP_API_VERSION, info.api_version);
 	EXPECT_EQ(KDP_PAGE_SHIFT, info.page_shift);
 	EXPECT_EQ(0, info.features & ~known);
-	EXPECT_EQ(KDP_FEATURE_PATHS | KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE,
-		  info.features & (KDP_FEATURE_PATHS | KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE));
+	EXPECT_EQ(always, info.features & always);
 	EXPECT_EQ(KDP_BITMAP_OFFSET, info.bitmap_offset);
 	EXPECT_EQ(KDP_MAX_PAGES, info.max_pages);
 	EXPECT_EQ(KDP_MAX_MEMSLOTS, info.max_memslots);

@@ -457,8 +457,9 @@ struct kdp_collapse {
  * KDP_PAGING takes the source away. A second call replaces the first one.
  *
  * The file must not change as long as it is the source. It is read through the
- * page cache, where it has one. The bits of pages that have a source must not be
- * set by hand; KDP_MARK may be used.
+ * page cache, where it has one. Pages that have a source are its to fill: make
+ * one absent by KDP_MARK before it is filled in another way, and do not set its
+ * bit by hand before that.
  *
  * If a page cannot be read, or the file ends before the page does, the toucher
  * gets SIGBUS (a vCPU with exits on: an exit with KDP_EXIT_SOURCE_ERROR) and
@@ -477,6 +478,7 @@ struct kdp_collapse {
  *    end.
  *  - ENXIO: the memslot has demand paging off; KDP_SOURCE_ADD: it has no source.
  *  - ENOMEM: with KDP_SOURCE_ADD, some of the ranges may have been added.
+ *  - EINTR: a fatal signal arrived; likewise.
  */
 struct kdp_source {
 	__u32 size;

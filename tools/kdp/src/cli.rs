@@ -31,6 +31,7 @@ pub enum Command {
     Serve(ServeArgs),
     // Larger than the others by far.
     Handle(Box<HandleArgs>),
+    Restore(RestoreArgs),
     Keep(KeepArgs),
     Kept(KeptArgs),
     Stat(StatArgs),
@@ -130,6 +131,34 @@ pub struct HandleArgs {
     pub report: Option<u64>,
 }
 
+/// Make a memslot whose pages the kernel reads from a file when they are touched
+///
+/// There is no handler: nothing is copied before, and nobody but the kernel after. The VMM opens /dev/kdp/NAME, which is
+/// there until SIGTERM or SIGINT. What the VMM has opened goes on without this command. The file must not change
+/// as long as the VMM runs.
+#[derive(Args)]
+#[command(group = ArgGroup::new("backing").required(true).args(["hugetlb", "shmem"]))]
+pub struct RestoreArgs {
+    /// The memslot's name
+    #[arg(long, value_name = "NAME")]
+    pub create: String,
+    /// Make the memslot of hugetlb pages of this size
+    #[arg(long, value_name = "SIZE")]
+    pub hugetlb: Option<HugeSize>,
+    /// Make the memslot of shmem
+    #[arg(long)]
+    pub shmem: bool,
+    /// The size of the memslot, in bytes (K, M, G); without it, that of the file from its offset on
+    #[arg(long, value_name = "BYTES", value_parser = units::bytes)]
+    pub size: Option<u64>,
+    /// Write this file when the memslot is there; it holds the PID
+    #[arg(long, value_name = "PATH")]
+    pub ready_file: Option<PathBuf>,
+    /// The file, such as the RAM of a snapshot, and where in it page 0 is, in bytes
+    #[arg(value_name = "FILE[@OFFSET]")]
+    pub file: String,
+}
+
 /// Keep VMs over the death of their handlers
 ///
 /// A handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next handler takes it
@@ -204,6 +233,16 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_restore_is_on_one_backing() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map(drop);
+        assert!(parse("kdp restore --create ram --hugetlb 2M ram.img@4096").is_ok());
+        assert!(parse("kdp restore --create ram --shmem --size 64M ram.img").is_ok());
+        assert!(parse("kdp restore --create ram ram.img").is_err());
+        assert!(parse("kdp restore --create ram --shmem --hugetlb 2M ram.img").is_err());
+        assert!(parse("kdp restore --shmem ram.img").is_err());
     }
 
     #[test]

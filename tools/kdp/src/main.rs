@@ -7,6 +7,7 @@ mod handle;
 mod keep;
 mod man;
 mod ready;
+mod restore;
 mod serve;
 mod signals;
 mod stat;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Handle(args) => handle::run(&args),
+        Command::Restore(args) => restore::run(&args),
         Command::Keep(args) => keep::run(&args),
         Command::Kept(args) => keep::kept(&args),
         Command::Stat(args) => stat::run(&args),

@@ -6,7 +6,10 @@ use rustix::io::Errno;
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
     sync::{
         atomic::{AtomicU64, Ordering},
@@ -49,6 +52,12 @@ pub struct PageFile {
     pages: u64,
 }
 
+impl AsFd for PageFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl PageFile {
     /// Open a file whose page 0 is at `offset` bytes.
     pub fn open(path: &Path, offset: u64) -> Result<Self, Error> {
@@ -85,6 +94,11 @@ impl PageFile {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where its page 0 is, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
     }
 
     /// Read pages, which must be in the file, and give them to `sink` in runs of at most

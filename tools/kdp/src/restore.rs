@@ -1,0 +1,44 @@
+//! `kdp restore`.
+
+use crate::{cli::RestoreArgs, failure::Failure, ready::Ready, signals, units::human};
+use kvm_demand_paging::{source::PageFile, Backing, Memfd, Memslot, Vm, PAGE_SIZE};
+use std::sync::mpsc;
+
+const PAGE: u64 = PAGE_SIZE as u64;
+
+/// Make the memslot, and hold its path until a signal comes.
+pub fn run(args: &RestoreArgs) -> Result<(), Failure> {
+    let file = PageFile::parse(&args.file)?;
+    let path = file.path();
+    let size = args.size.unwrap_or(file.pages() * PAGE);
+    if size > file.pages() * PAGE {
+        return Err(Failure::Other(format!(
+            "{} has {} from its offset on, fewer than the {} of --size",
+            path.display(),
+            human(file.pages() * PAGE),
+            human(size)
+        )));
+    }
+    let backing = args.hugetlb.map_or(Backing::Shmem, Backing::from);
+    let vm = Vm::open()?;
+    let memfd = Memfd::create(&args.create, backing, size)?;
+    let _memslot = vm
+        .create_memslot(0, &memfd)
+        .name(&args.create)
+        .paging(true)
+        .create()?;
+    vm.set_source(0, &file, file.offset(), None)?;
+    println!(
+        "{} is there: {}, read from {} as it is touched",
+        Memslot::path(&args.create).display(),
+        human(size),
+        path.display()
+    );
+    let (end, ended) = mpsc::channel();
+    // The receiver lives until the first message.
+    signals::watch(move || drop(end.send(())), || ())?;
+    let _ready = Ready::tell(args.ready_file.as_ref())?;
+    // Fails if the thread that watches has ended, which is as good.
+    let _ = ended.recv();
+    Ok(())
+}
