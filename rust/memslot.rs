@@ -56,8 +56,10 @@ use crate::{
             Owner, //
         },
         range::{
+            ChunkPart,
             PageRange,
-            CHUNK_PAGES, //
+            CHUNK_PAGES,
+            WORD_PAGES, //
         },
         touch::State, //
     },
@@ -252,26 +254,14 @@ impl Memslot {
     pub(crate) fn resolve(&self, range: PageRange, to: State, progress: &mut Progress) -> Result {
         let _changes = self.changes.lock();
         let mut first = range.first();
-        let (mut changed, mut woken) = (0, 0);
-        let mark = |pages: &Pages, part| match (pages.mode(), to) {
-            (Mode::Removed, _) => Err(ENOENT),
-            (Mode::Off, State::Zero) => Err(ENXIO),
-            (_, State::Zero) => pages.mark_zero(part),
-            _ => pages.mark_present(part),
-        };
-        // For writing, if there is a source: a page must not become present while it is read.
-        let has_source = self.pages.read().source().is_some();
         for part in range.chunks() {
             if is_being_killed() {
                 return Err(EINTR);
             }
-            changed += if has_source {
-                mark(&self.pages.write(), part)?
-            } else {
-                mark(&self.pages.read(), part)?
-            };
+            let last = first + (part.count - 1);
+            let (changed, may_be_whole) = self.mark(part, first, to)?;
             // A waiter that enters after this sees the state changed, under the queue's lock.
-            woken += self.wake(first, first + (part.count - 1));
+            let woken = self.wake(first, last);
             first += part.count;
             progress.changed += changed;
             self.stats.resolved().add(changed);
@@ -282,13 +272,40 @@ impl Memslot {
                 changed,
                 woken,
             );
-            if changed > 0 && to == State::Present {
+            if may_be_whole {
                 self.unmap_whole_blocks(first - part.count, part.count);
             }
-            (changed, woken) = (0, 0);
         }
         progress.done += 1;
         Ok(())
+    }
+
+    /// Marks a part that begins with page `first`; returns how many pages that changed, and whether a block
+    /// may be whole by it. The caller has `changes`.
+    fn mark(&self, part: ChunkPart, first: u64, to: State) -> Result<(u64, bool)> {
+        let mark = |pages: &Pages| {
+            let changed = match (pages.mode(), to) {
+                (Mode::Removed, _) => return Err(ENOENT),
+                (Mode::Off, State::Zero) => return Err(ENXIO),
+                (_, State::Zero) => return pages.mark_zero(part).map(|changed| (changed, false)),
+                _ => pages.mark_present(part)?,
+            };
+            // A few pages: their words say "no" nearly always.
+            let is_whole = |page| pages.look(page).1 == u64::MAX;
+            let last = first + (part.count - 1);
+            let many = part.count >= WORD_PAGES;
+            Ok((
+                changed,
+                changed > 0 && (many || is_whole(first) || is_whole(last)),
+            ))
+        };
+        let pages = self.pages.read();
+        if pages.source().is_none() {
+            return mark(&pages);
+        }
+        drop(pages);
+        // A page must not become present while it is read from its source.
+        mark(&self.pages.write())
     }
 
     /// Pages have become present: blocks among them that are whole now are unmapped, so that the next
