@@ -35,11 +35,16 @@
 #define KDP_ARG(type, ...) \
 	((struct type){ .size = sizeof(struct type), ##__VA_ARGS__ })
 
+/* Where calls are counted, if somebody wants to know. */
+__attribute__((weak)) atomic_ullong *kdp_ioctls;
+
 /* 0 or the errno; -1 for a success that is not 0, which no ioctl has. */
 static inline int kdp_ioctl(int fd, unsigned long cmd, void *arg)
 {
 	int ret = ioctl(fd, cmd, arg);
 
+	if (kdp_ioctls)
+		atomic_fetch_add_explicit(kdp_ioctls, 1, memory_order_relaxed);
 	if (ret < 0)
 		return errno;
 	return ret ? -1 : 0;

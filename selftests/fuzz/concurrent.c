@@ -46,6 +46,7 @@ static struct shared *setup(const struct options *opt)
 	if (sh == MAP_FAILED)
 		return NULL;
 	sh->opt = *opt;
+	kdp_ioctls = &sh->ioctls;
 	for (int i = 0; i < NR_VMS; i++) {
 		sh->vm[i] = open(KDP_DEVICE_PATH, O_RDWR | O_CLOEXEC | O_NONBLOCK);
 		if (sh->vm[i] < 0)
@@ -218,6 +219,7 @@ bool fuzz_concurrent(const struct options *opt)
 		kill(pids[i], SIGKILL);
 		waitpid(pids[i], NULL, 0);
 	}
-	printf("# %llu ops, %llu processes killed\n", (unsigned long long)sh->ops, life);
+	printf("# %llu ops, %llu ioctls, %llu processes killed\n", (unsigned long long)sh->ops,
+	       (unsigned long long)sh->ioctls, life);
 	return !sh->failed;
 }

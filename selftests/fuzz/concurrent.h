@@ -42,6 +42,7 @@ struct shared {
 	int chaos_memfd[3];
 	struct checked checked[NR_CHECKED];
 	atomic_ullong ops;
+	atomic_ullong ioctls;
 	atomic_int stop;
 	atomic_int failed;
 	char message[256];
