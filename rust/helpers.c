@@ -2,6 +2,7 @@
 /* See helpers.h. */
 #include <linux/anon_inodes.h>
 #include <linux/capability.h>
+#include <linux/falloc.h>
 #include <linux/fcntl.h>
 #include <linux/fdtable.h>
 #include <linux/hashtable.h>
@@ -259,14 +260,40 @@ void kdp_mapping_release_writable(struct file *file)
 	mapping_unmap_writable(file->f_mapping);
 }
 
+/*
+ * Allocates a huge page, unless the memfd has it. memfd_pin_folios() could do
+ * that, but not when two do it at once: who comes second takes a reservation
+ * that is another page's, finds the first one's page, and never gives it back
+ * (memfd_alloc_folio() in mm/memfd.c). In the end the count of reservations wraps
+ * around, and nobody can reserve a huge page any more. fallocate() looks under
+ * the lock first.
+ */
+static long kdp_allocate_huge(struct file *memfd, pgoff_t index)
+{
+	struct folio *folio = filemap_get_folio(memfd->f_mapping, index);
+
+	if (!IS_ERR(folio)) {
+		folio_put(folio);
+		return 0;
+	}
+	return memfd->f_op->fallocate(memfd, FALLOC_FL_KEEP_SIZE,
+				      (loff_t)index << PAGE_SHIFT,
+				      huge_page_size(hstate_file(memfd)));
+}
+
 /* Pins the page, or the huge page, at @index; *@pfn is that of the page. */
 long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
 {
 	loff_t start = (loff_t)index << PAGE_SHIFT;
 	struct folio *folio;
 	pgoff_t offset;
-	long n;
+	long n = 0;
 
+	if (is_file_hugepages(memfd))
+		n = kdp_allocate_huge(memfd, index);
+	/* A signal ends it: the fault goes on, at the risk of a lost reservation. */
+	if (n < 0 && n != -EINTR)
+		return n;
 	n = memfd_pin_folios(memfd, start, start + PAGE_SIZE - 1, &folio, 1,
 			     &offset);
 	if (n < 0)
