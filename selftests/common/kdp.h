@@ -36,7 +36,7 @@
 	((struct type){ .size = sizeof(struct type), ##__VA_ARGS__ })
 
 /* Where calls are counted, if somebody wants to know. */
-__attribute__((weak)) atomic_ullong *kdp_ioctls;
+extern atomic_ullong *kdp_ioctls;
 
 /* 0 or the errno; -1 for a success that is not 0, which no ioctl has. */
 static inline int kdp_ioctl(int fd, unsigned long cmd, void *arg)

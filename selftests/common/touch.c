@@ -7,6 +7,8 @@ _Thread_local volatile sig_atomic_t touch_armed;
 
 void (*touch_unexpected)(int sig);
 
+atomic_ullong *kdp_ioctls;
+
 static void touch_handler(int sig)
 {
 	if (touch_armed) {

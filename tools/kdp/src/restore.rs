@@ -35,8 +35,11 @@ pub fn run(args: &RestoreArgs) -> Result<(), Failure> {
         path.display()
     );
     let (end, ended) = mpsc::channel();
-    // The receiver lives until the first message.
-    signals::watch(move || drop(end.send(())), || ())?;
+    let tell = move || {
+        // The receiver lives until the first message.
+        let _ = end.send(());
+    };
+    signals::watch(tell, || ())?;
     let _ready = Ready::tell(args.ready_file.as_ref())?;
     // Fails if the thread that watches has ended, which is as good.
     let _ = ended.recv();
