@@ -3,13 +3,13 @@
 //! Runs tests, each in a process of its own, and prints TAP.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use crate::check::{Fail, Result};
-use crate::sys;
+use crate::{stuck, sys};
 
 /// A test.
 pub struct Test {
@@ -128,7 +128,11 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
             Ok(ended) => break Some(ended),
             Err(_) if Instant::now() < deadline => {}
             Err(_) => {
-                stuck = Some(threads_of(child.pid()));
+                stuck = Some(format!(
+                    "{}\n{}",
+                    stuck::threads_of(child.pid()),
+                    stuck::trace_of_kvm()
+                ));
                 // SAFETY: it names the child's group.
                 unsafe { libc::kill(-child.pid(), libc::SIGKILL) };
                 break child.wait(Duration::from_secs(20)).ok();
@@ -204,31 +208,4 @@ fn drain(out: &OwnedFd, bytes: &mut Vec<u8>, wait: Duration) -> Result {
         wait = Duration::ZERO;
     }
     Ok(())
-}
-
-/// Where the threads of a process are, for whoever has to find out why it hangs.
-fn threads_of(pid: i32) -> String {
-    let read = |path: String| {
-        let mut text = String::new();
-        let file = fs::File::open(path).and_then(|mut f| f.read_to_string(&mut text));
-        file.map(|_| text).unwrap_or_default()
-    };
-    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
-    let mut lines = Vec::new();
-    for task in tasks.into_iter().flatten().flatten() {
-        let at = task.path().display().to_string();
-        let stack = read(format!("{at}/stack"));
-        let frames: Vec<&str> = stack
-            .lines()
-            .take(8)
-            .filter_map(|line| line.split_whitespace().nth(1))
-            .collect();
-        lines.push(format!(
-            "  {} {}: {}",
-            task.file_name().to_string_lossy(),
-            read(format!("{at}/comm")).trim(),
-            frames.join(" < "),
-        ));
-    }
-    lines.join("\n")
 }

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::check::Result;
-use crate::sys;
+use crate::{stuck, sys};
 
 /// How long to wait for what must happen. Much longer than it takes, on a slow machine with others on it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -80,8 +80,10 @@ impl<T: Send + 'static> Task<T> {
     pub fn join_within(mut self, what: &str, time: Duration) -> Result<T> {
         ensure!(
             self.ends_within(time)?,
-            "{what} (thread {}) has not ended within {time:?}",
-            self.tid
+            "{what} (thread {}) has not ended within {time:?}; the threads:\n{}\n{}",
+            self.tid,
+            stuck::threads_of(std::process::id()),
+            stuck::trace_of_kvm()
         );
         match self.value {
             Some(value) => Ok(value),
