@@ -60,6 +60,7 @@ mod range;
 pub mod source;
 mod sys;
 mod vm;
+mod waiter;
 
 /// The ABI as the module's header defines it, generated from it.
 ///
@@ -84,6 +85,7 @@ pub use prefault::pre_fault;
 pub use prefetch::PrefetchWindow;
 pub use range::{coalesce, PageRange};
 pub use vm::{Collapsed, Features, Info, Marked, Paging, State, Vm};
+pub use waiter::{Ready, Waiter};
 
 /// The size of a page in bytes, on any backing.
 pub const PAGE_SIZE: usize = 1 << abi::KDP_PAGE_SHIFT;

@@ -32,7 +32,8 @@ const KVM_PRE_FAULT_MEMORY: Opcode = opcode::read_write::<Range>(0xae, 0xd5);
 /// # Errors
 ///
 /// EOPNOTSUPP or ENOTTY: this KVM cannot do it (KVM_CAP_PRE_FAULT_MEMORY); go on without. Any other: this page is
-/// not mapped; the guest's own fault will tell why.
+/// not mapped; the guest's own fault will tell why. So EFAULT is nothing bad: it comes, too, if the page is unmapped
+/// (made absent, mapped anew as part of a block) at that very moment.
 pub fn pre_fault(vcpu: impl AsFd, gpa: u64, bytes: u64) -> Result<u64> {
     let mut range = Range {
         gpa,

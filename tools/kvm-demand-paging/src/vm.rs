@@ -13,7 +13,7 @@ use rustix::{
     fs::{fcntl_getfl, fcntl_setfl, open, Mode, OFlags},
     io::{read, Errno},
 };
-use std::{os::fd::AsRawFd, time::Duration};
+use std::{mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
 
 /// The most events that one read returns.
 const EVENTS_PER_READ: usize = 64;
@@ -440,16 +440,12 @@ impl Vm {
     /// An event that was read and not resolved is delivered again only after this process has closed the
     /// VM's fd: do not drop one.
     pub fn read_events(&self, events: &mut Vec<Event>, max: usize) -> Result<usize> {
-        let mut buffer = [0u8; EVENT_SIZE * EVENTS_PER_READ];
+        let mut buffer = [MaybeUninit::<u8>::uninit(); EVENT_SIZE * EVENTS_PER_READ];
         let room = EVENT_SIZE * max.clamp(1, EVENTS_PER_READ);
-        let len = read(&self.fd, &mut buffer[..room])
+        let (raw, _) = read(&self.fd, &mut buffer[..room])
             .map_err(|errno| Error::sys("read", "the VM's fd", errno))?;
         let before = events.len();
-        events.extend(
-            buffer[..len]
-                .chunks_exact(EVENT_SIZE)
-                .filter_map(Event::decode),
-        );
+        events.extend(raw.chunks_exact(EVENT_SIZE).filter_map(Event::decode));
         Ok(events.len() - before)
     }
 

@@ -130,7 +130,8 @@ impl DevicePager {
 
     fn handle(&self, stop: &Stopper) -> Result<()> {
         let mut events = Vec::new();
-        while stop.wait_for(&self.vm)? {
+        let reader = stop.reader(&self.vm)?;
+        while reader.wait()? {
             events.clear();
             match self.vm.read_events(&mut events, usize::MAX) {
                 Err(e) if e.errno() == Some(Errno::AGAIN.raw_os_error()) => {}

@@ -2,8 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags};
-use rustix::io::Errno;
+use kvm_demand_paging::{Ready, Waiter};
+use rustix::event::{eventfd, EventfdFlags};
 
 use crate::error::{Error, Result};
 
@@ -27,17 +27,24 @@ impl Stopper {
         Ok(())
     }
 
-    /// Wait until there is something to read from `fd`, or until the time to stop: then false.
-    pub fn wait_for(&self, fd: &impl AsFd) -> Result<bool> {
+    /// Has a handler thread wait for `fd`, and for the time to stop.
+    pub fn reader(&self, fd: &impl AsFd) -> Result<Reader> {
+        Ok(Reader(Waiter::new(fd, &self.event)?))
+    }
+}
+
+/// What a handler thread waits by.
+#[derive(Debug)]
+pub struct Reader(Waiter);
+
+impl Reader {
+    /// Wait until there is something to read, or until the time to stop: then false.
+    pub fn wait(&self) -> Result<bool> {
         loop {
-            let mut fds = [
-                PollFd::new(fd, PollFlags::IN),
-                PollFd::new(&self.event, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) => return Ok(!fds[0].revents().is_empty()),
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(Error::os("poll", e)),
+            match self.0.wait(None)? {
+                Ready::Events => return Ok(true),
+                Ready::Stop => return Ok(false),
+                Ready::Nothing => {}
             }
         }
     }
@@ -51,12 +58,13 @@ mod tests {
     fn stop_ends_a_wait_and_what_is_to_be_read_comes_first() {
         let stopper = Stopper::new().unwrap();
         let (read, write) = std::os::unix::net::UnixStream::pair().unwrap();
+        let reader = stopper.reader(&read).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| stopper.wait_for(&read).unwrap());
+            let waiting = scope.spawn(|| reader.wait().unwrap());
             stopper.stop().unwrap();
             assert!(!waiting.join().unwrap());
         });
         rustix::io::write(&write, b"x").unwrap();
-        assert!(stopper.wait_for(&read).unwrap());
+        assert!(reader.wait().unwrap());
     }
 }

@@ -64,7 +64,8 @@ impl UffdPager {
         let mut placed = vec![false; (self.guest.len() as u64 / self.page_size) as usize];
         let staging = buffer(self.page_size)?;
         let mut offsets = Vec::new();
-        while stop.wait_for(uffd)? {
+        let reader = stop.reader(uffd)?;
+        while reader.wait()? {
             uffd.read_faults(&self.guest, &mut offsets)?;
             for &offset in &offsets {
                 self.counters.add_event();

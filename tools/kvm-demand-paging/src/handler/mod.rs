@@ -25,12 +25,12 @@ pub use report::{Report, Touched};
 
 use crate::{
     source::{self, PageSource},
-    MemslotInfo, Vm,
+    MemslotInfo, Ready, Vm, Waiter,
 };
 use background::Background;
 use engine::{Batch, Engine};
 use rustix::{
-    event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec},
+    event::{eventfd, EventfdFlags},
     fd::OwnedFd,
     io::{write, Errno},
 };
@@ -220,27 +220,10 @@ impl Handler {
     }
 
     fn read_events(&self) -> Result<(), Error> {
-        let vm = self.engine.vm();
-        let tick = Timespec {
-            tv_sec: 0,
-            tv_nsec: TICK.as_nanos() as i64,
-        };
+        let waiter = Waiter::new(self.engine.vm(), &self.wake)?;
         let mut events = Vec::with_capacity(EVENTS);
         while !self.engine.is_stopped() {
-            let mut fds = [
-                PollFd::new(vm, PollFlags::IN),
-                PollFd::new(&self.wake, PollFlags::IN),
-            ];
-            match poll(&mut fds, Some(&tick)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => {
-                    return Err(Error::Io {
-                        what: "poll",
-                        source: errno.into(),
-                    })
-                }
-            }
-            if fds[0].revents().contains(PollFlags::IN) {
+            if waiter.wait(Some(TICK))? == Ready::Events {
                 self.serve_events(&mut events)?;
             }
             self.engine.retry()?;
