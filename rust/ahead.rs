@@ -40,11 +40,15 @@ use kernel::{
 const BITE: u64 = 64;
 
 /// A fault was served in a memslot that may have a source: has more read, if its thread goes on in order.
-#[inline]
+#[inline(always)]
 pub(crate) fn consider(slot: ArcBorrow<'_, Memslot>, pages: &Pages, page: u64) {
-    let Some(source) = pages.source() else {
-        return;
-    };
+    if let Some(source) = pages.source() {
+        consider_next(slot, source, page);
+    }
+}
+
+#[inline(never)]
+fn consider_next(slot: ArcBorrow<'_, Memslot>, source: &Source, page: u64) {
     if source.touched(page, slot.place.nr_pages) {
         work::enqueue(Arc::from(slot));
     }

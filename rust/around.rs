@@ -37,6 +37,7 @@ pub(crate) fn map(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, word: u64) {
     }
 }
 
+#[inline(never)]
 fn map_window(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, buddy: u64) {
     if !slot.backing.is_pinned(pages, buddy) {
         return;

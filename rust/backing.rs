@@ -165,7 +165,7 @@ impl Backing {
 
     /// The frame of a page; pins its folio if that has not happened yet. ENOMEM if there is no memory
     /// for it, or the limit is reached.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn frame<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
         let (leaf, at, into) = self.locate(page);
         if let Some(first) = pages.pins.get(leaf).and_then(|pins| pins.get(at)) {
@@ -200,6 +200,7 @@ impl Backing {
     }
 
     #[cold]
+    #[inline(never)]
     fn pin<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<Pfn<'a>> {
         self.account.pin(|| {
             if pages.pins.get(leaf).is_none() {

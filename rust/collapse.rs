@@ -37,7 +37,7 @@ use kernel::sync::ArcBorrow;
 /// A fault has mapped a page, or a block of `1 << order` pages: if the next larger block around it is
 /// whole, it shall be mapped by one entry. `frame` is the page's, and `word` holds the present bits around
 /// it, which say "no" nearly always.
-#[inline]
+#[inline(always)]
 pub(crate) fn consider(
     slot: &Memslot,
     pages: &Pages,
@@ -46,8 +46,15 @@ pub(crate) fn consider(
     frame: Pfn<'_>,
     word: u64,
 ) {
+    if word == u64::MAX {
+        consider_block(slot, pages, fault, order, frame);
+    }
+}
+
+#[inline(never)]
+fn consider_block(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: u32, frame: Pfn<'_>) {
     let next = remap::next_order(order);
-    if word != u64::MAX || next <= order || next > slot.backing.block_order() {
+    if next <= order || next > slot.backing.block_order() {
         return;
     }
     let page = fault.pgoff();

@@ -14,6 +14,7 @@ use crate::{
     events::Access,
     ffi::{
         memfd::Pfn,
+        rwsem::ReadGuard,
         trace,
         uapi::*,
         vma::{
@@ -63,82 +64,14 @@ impl Mapping for MemoryMapping {
     const FLAGS: vm_flags_t = flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
     const HUGE: bool = true;
 
-    fn fault(slot: ArcBorrow<'_, Memslot>, mut fault: Fault<'_>) -> Outcome {
-        let page = fault.pgoff();
-        if page >= slot.place.nr_pages {
+    #[inline]
+    fn fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
+        if fault.pgoff() >= slot.place.nr_pages {
             return fail(&slot);
         }
-        loop {
-            let pages = slot.pages.read();
-            let (mut state, mut word) = pages.look(page);
-            let mut filled = None;
-            let source = pages.source().filter(|_| state == State::Sourced);
-            if let Some(source) = source {
-                match source.fill(&slot, &pages, page) {
-                    Ok(Filled::Now(frame, around)) => {
-                        slot.stats.source_reads().add(1);
-                        (state, word, filled) = (State::Present, around, Some(frame));
-                    }
-                    Ok(Filled::Already) => (state, word) = pages.look(page),
-                    Ok(Filled::NotCached) => (),
-                    Err(why) => return unfilled(&slot, &fault, page, why),
-                }
-            }
-            if state == State::Present {
-                let frame = filled
-                    .ok_or(ENOMEM)
-                    .or_else(|_| slot.backing.frame(&pages, page));
-                let Ok(frame) = frame else {
-                    return cannot_pin(&slot, &fault, page);
-                };
-                let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_RETRY);
-                // Another thread may have mapped the whole block since this fault fell back to a page.
-                let outcome = if fault.is_in_block() {
-                    Outcome::Mapped
-                } else {
-                    let outcome = fault.insert_pfn(frame);
-                    around::map(&slot, &pages, &fault, word);
-                    collapse::consider(&slot, &pages, &fault, 0, frame, word);
-                    outcome
-                };
-                ahead::consider(slot, &pages, page);
-                drop(pages);
-                return mapped(&slot, fault, page, 0, outcome, exits);
-            }
-            let source = source.cloned();
-            drop(pages);
-
-            let served = slot.vm.events.is_served();
-            let who = Toucher {
-                // What is prepared stands, so only where an exit is going to follow.
-                exits: state == State::Absent
-                    && served
-                    && prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT),
-                may_retry: fault.may_retry(),
-                no_wait: fault.no_wait(),
-            };
-            return match decide(state, who, served) {
-                // Present meanwhile.
-                Verdict::Map => continue,
-                Verdict::FillZero => match slot.fill_zero(page) {
-                    Ok(()) => continue,
-                    Err(_) => cannot_pin(&slot, &fault, page),
-                },
-                Verdict::Fetch => match source {
-                    Some(source) => fetch(slot, fault, &source, page),
-                    None => continue,
-                },
-                Verdict::Exit => exit(&slot, &fault, page),
-                Verdict::Wait => match wait(slot, fault, page) {
-                    Ok(outcome) => outcome,
-                    Err(again) => {
-                        fault = again;
-                        continue;
-                    }
-                },
-                Verdict::Retry => Outcome::RetryLocked,
-                Verdict::Fail => fail(&slot),
-            };
+        match page_fault(slot, fault) {
+            Ok(outcome) => outcome,
+            Err(again) => page_fault_again(slot, again),
         }
     }
 
@@ -165,7 +98,6 @@ impl Mapping for MemoryMapping {
         let Some(frame) = first else {
             return Outcome::Fallback;
         };
-        let exits = prepare_exit(&slot, &fault, page, KDP_EXIT_RETRY);
         let outcome = fault.insert_block(frame, order);
         if outcome == Outcome::Fallback {
             return outcome;
@@ -173,7 +105,7 @@ impl Mapping for MemoryMapping {
         collapse::consider(&slot, &pages, &fault, order, frame, u64::MAX);
         ahead::consider(slot, &pages, page);
         drop(pages);
-        mapped(&slot, fault, page, order, outcome, exits)
+        mapped(&slot, fault, page, order, outcome)
     }
 }
 
@@ -234,16 +166,66 @@ fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bo
     vcpu::prepare_exit(slot.vm.serial(), slot.place.base_gfn + page, reason | write)
 }
 
-/// A page, or a block, was mapped, or not.
-#[inline]
-fn mapped(
-    slot: &Memslot,
-    fault: Fault<'_>,
-    page: u64,
-    order: u32,
-    outcome: Outcome,
-    exits: bool,
+/// A fault of one page. Gives the fault back if the page must be looked at again.
+#[inline(always)]
+fn page_fault<'a>(slot: ArcBorrow<'_, Memslot>, fault: Fault<'a>) -> Result<Outcome, Fault<'a>> {
+    let page = fault.pgoff();
+    let pages = slot.pages.read();
+    let (state, word) = pages.look(page);
+    if state == State::Present {
+        let frame = slot.backing.frame(&pages, page);
+        let outcome = frame.map(|frame| insert(slot, &pages, &fault, frame, word));
+        drop(pages);
+        return Ok(match outcome {
+            Ok(outcome) => mapped(&slot, fault, page, 0, outcome),
+            Err(_) => cannot_pin(&slot, &fault, page),
+        });
+    }
+    if state == State::Sourced {
+        return fill(slot, pages, fault, page);
+    }
+    drop(pages);
+    serve(slot, fault, page, state)
+}
+
+/// The same, until there is an outcome: apart from it, so that the first time, which is nearly always the last,
+/// costs little.
+#[cold]
+#[inline(never)]
+fn page_fault_again(slot: ArcBorrow<'_, Memslot>, mut fault: Fault<'_>) -> Outcome {
+    loop {
+        match page_fault(slot, fault) {
+            Ok(outcome) => return outcome,
+            Err(again) => fault = again,
+        }
+    }
+}
+
+/// Maps a page that is present, and what is best mapped with it. `word` holds the present bits around it.
+#[inline(always)]
+fn insert(
+    slot: ArcBorrow<'_, Memslot>,
+    pages: &Pages,
+    fault: &Fault<'_>,
+    frame: Pfn<'_>,
+    word: u64,
 ) -> Outcome {
+    // Another thread may have mapped the whole block since this fault fell back to a page.
+    let outcome = if fault.is_in_block() {
+        Outcome::Mapped
+    } else {
+        let outcome = fault.insert_pfn(frame);
+        around::map(&slot, pages, fault, word);
+        collapse::consider(&slot, pages, fault, 0, frame, word);
+        outcome
+    };
+    ahead::consider(slot, pages, fault.pgoff());
+    outcome
+}
+
+/// A page, or a block, was mapped, or not. No lock of ours is held.
+#[inline(always)]
+fn mapped(slot: &Memslot, fault: Fault<'_>, page: u64, order: u32, outcome: Outcome) -> Outcome {
     match outcome {
         Outcome::Mapped => (),
         Outcome::Fail => return fail(slot),
@@ -256,14 +238,91 @@ fn mapped(
     };
     counter.add(1);
     trace::fault(slot.place.id, page, access(&fault), order);
-    if exits || !is_guest(&fault) {
+    // KVM looks for the page table entry next, and fails with an EFAULT that no VMM expects if it has been
+    // unmapped again by then. Where the lock was dropped it looks and begins anew instead
+    // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). That costs it a second look, so it is kept
+    // - if the lock was dropped before: KVM knows;
+    // - in KVM_PRE_FAULT_MEMORY, which is a hint, and may fail;
+    // - with exits on: then an exit is prepared.
+    if !is_guest(&fault)
+        || fault.is_retried()
+        || vcpu::is_pre_faulting()
+        || prepare_exit(slot, &fault, page, KDP_EXIT_RETRY)
+    {
         return outcome;
     }
-    // KVM looks for the page table entry next, and gives KVM_RUN an EFAULT that no VMM expects if it
-    // has been unmapped again by then. Told that the lock was dropped, it looks and retries
-    // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). With exits on, the exit is prepared instead.
     fault.release_lock();
     Outcome::MappedUnlocked
+}
+
+/// Fills a page from the source, if its bytes are in memory. Gives the fault back if the page must be looked at
+/// again.
+#[inline(never)]
+fn fill<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    pages: ReadGuard<'_, Pages>,
+    fault: Fault<'a>,
+    page: u64,
+) -> Result<Outcome, Fault<'a>> {
+    let Some(source) = pages.source() else {
+        return Err(fault);
+    };
+    let outcome = match source.fill(&slot, &pages, page) {
+        Ok(Filled::Now(frame, word)) => {
+            slot.stats.source_reads().add(1);
+            insert(slot, &pages, &fault, frame, word)
+        }
+        Ok(Filled::Already) => return Err(fault),
+        Ok(Filled::NotCached) => {
+            let source = source.clone();
+            drop(pages);
+            return match decide(State::Sourced, toucher(&fault, false), true) {
+                Verdict::Fetch => Ok(fetch(slot, fault, &source, page)),
+                Verdict::Retry => Ok(Outcome::RetryLocked),
+                _ => Ok(fail(&slot)),
+            };
+        }
+        Err(why) => return Ok(unfilled(&slot, &fault, page, why)),
+    };
+    drop(pages);
+    Ok(mapped(&slot, fault, page, 0, outcome))
+}
+
+/// How a thread may be kept waiting.
+#[inline]
+fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
+    Toucher {
+        exits,
+        may_retry: fault.may_retry(),
+        no_wait: fault.no_wait(),
+    }
+}
+
+/// Does what is to be done for a page that has neither bytes nor a source. Gives the fault back if the page must be
+/// looked at again.
+#[inline(never)]
+fn serve<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'a>,
+    page: u64,
+    state: State,
+) -> Result<Outcome, Fault<'a>> {
+    let served = slot.vm.events.is_served();
+    // What is prepared stands, so only where an exit is going to follow.
+    let exits =
+        state == State::Absent && served && prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
+    match decide(state, toucher(&fault, exits), served) {
+        Verdict::Exit => Ok(exit(&slot, &fault, page)),
+        Verdict::Wait => wait(slot, fault, page),
+        Verdict::Retry => Ok(Outcome::RetryLocked),
+        Verdict::Fail => Ok(fail(&slot)),
+        Verdict::FillZero => match slot.fill_zero(page) {
+            Ok(()) => Err(fault),
+            Err(_) => Ok(cannot_pin(&slot, &fault, page)),
+        },
+        // It has become something else meanwhile.
+        Verdict::Map | Verdict::Fetch => Err(fault),
+    }
 }
 
 fn exit(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
@@ -288,6 +347,7 @@ fn cannot_pin(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
 }
 
 /// Reads a page from its source, and has the fault retried.
+#[inline(never)]
 fn fetch(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, source: &Source, page: u64) -> Outcome {
     // Once the lock is dropped nothing but a retry may follow: an error is for that one.
     match source.failure(page) {
@@ -323,6 +383,7 @@ fn unfilled(slot: &Memslot, fault: &Fault<'_>, page: u64, why: Unfilled) -> Outc
 }
 
 /// Waits until the page is resolved. Gives the fault back if it need not wait after all.
+#[inline(never)]
 fn wait<'a>(
     slot: ArcBorrow<'_, Memslot>,
     fault: Fault<'a>,

@@ -21,6 +21,7 @@
 #include <linux/wait.h>
 #include <linux/wait_bit.h>
 #include <linux/workqueue.h>
+#include <asm/syscall.h>
 
 #include "helpers.h"
 
@@ -28,15 +29,6 @@
 #include "trace.h"
 
 /* memory mapping */
-
-void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out)
-{
-	out->vma = vmf->vma;
-	out->owner = vmf->vma->vm_private_data;
-	out->address = vmf->address;
-	out->pgoff = vmf->pgoff;
-	out->flags = vmf->flags;
-}
 
 /* Whether a huge entry maps where a fault of one page is. */
 bool kdp_fault_is_in_block(const struct vm_fault *vmf)
@@ -621,11 +613,6 @@ void kdp_xa_init(struct xarray *xa)
 	xa_init_flags(xa, XA_FLAGS_ACCOUNT);
 }
 
-bool kdp_xa_is_empty(const struct xarray *xa)
-{
-	return xa_empty(xa);
-}
-
 void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
 		     void *entry)
 {
@@ -665,6 +652,23 @@ struct kdp_vcpu_thread *kdp_vcpu_thread_current(void)
 		if (thread->pid == pid)
 			return thread;
 	return NULL;
+}
+
+/*
+ * Whether the current thread is in KVM_PRE_FAULT_MEMORY: that is the system call
+ * it is in. Of 32-bit programs this is not known.
+ */
+bool kdp_current_pre_faults(void)
+{
+	struct pt_regs *regs = current_pt_regs();
+	unsigned long args[6];
+
+	/* They have the registers of whoever made them, or none. */
+	if (current->flags & (PF_KTHREAD | PF_USER_WORKER) ||
+	    syscall_get_nr(current, regs) != __NR_ioctl)
+		return false;
+	syscall_get_arguments(current, regs, args);
+	return (u32)args[1] == KVM_PRE_FAULT_MEMORY;
 }
 
 u64 kdp_vcpu_guest_exits(const struct kvm_vcpu *vcpu)

@@ -20,14 +20,6 @@
 struct kvm_vcpu;
 
 /* memory mapping */
-struct kdp_fault {
-	struct vm_area_struct *vma;
-	void *owner;		/* vma->vm_private_data */
-	unsigned long address;
-	unsigned long pgoff;
-	unsigned int flags;
-};
-void kdp_fault_read(const struct vm_fault *vmf, struct kdp_fault *out);
 bool kdp_fault_is_in_block(const struct vm_fault *vmf);
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address);
 void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
@@ -138,7 +130,6 @@ void kdp_init_rwsem(struct rw_semaphore *sem, const char *name,
 void kdp_down_write_first(struct rw_semaphore *sem);
 void kdp_down_write_nest(struct rw_semaphore *sem, struct rw_semaphore *nest);
 void kdp_xa_init(struct xarray *xa);
-bool kdp_xa_is_empty(const struct xarray *xa);
 void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
 		     void *entry);
 
@@ -156,6 +147,7 @@ struct kdp_vcpu_thread {
 void kdp_vcpu_thread_add(struct kdp_vcpu_thread *thread);
 void kdp_vcpu_thread_del(struct kdp_vcpu_thread *thread);
 struct kdp_vcpu_thread *kdp_vcpu_thread_current(void);
+bool kdp_current_pre_faults(void);
 
 struct tracepoint *kdp_module_tracepoint(const struct tp_module *module,
 					 unsigned int i);

@@ -54,6 +54,10 @@ pub(crate) enum Mode {
 }
 
 /// The pages.
+///
+/// # Invariants
+///
+/// `present` and `zero` have chunks only while paging is on.
 pub(crate) struct Pages {
     mode: Mode,
     present: Tree<SharedPage>,
@@ -163,6 +167,23 @@ impl Pages {
     /// The state of a page, and the present bits of those in the same word.
     #[inline]
     pub(crate) fn look(&self, page: u64) -> (State, u64) {
+        let (chunk, word, bit) = range::locate(page);
+        // Where there are bits, paging is on (type invariant).
+        if let Some(words) = Self::words(&self.present, chunk) {
+            let seen = words[word].load_acquire();
+            if seen & bit != 0 {
+                return (State::Present, seen);
+            }
+            if self.zero.is_empty() && self.supply.is_none() {
+                return (State::Absent, seen);
+            }
+        }
+        self.look_further(page)
+    }
+
+    /// The same, of a page that did not look present at the first look.
+    #[inline(never)]
+    fn look_further(&self, page: u64) -> (State, u64) {
         let Mode::On { default } = self.mode else {
             return if self.mode == Mode::Off {
                 (State::Present, u64::MAX)
@@ -170,21 +191,20 @@ impl Pages {
                 (State::Removed, 0)
             };
         };
-        let (chunk, word, bit) = range::locate(page);
-        let present = Self::words(&self.present, chunk);
         let all = if default { u64::MAX } else { 0 };
-        let around =
-            |words: Option<&[SharedWord]>| words.map_or(all, |words| words[word].load_acquire());
-        let seen = around(present);
-        if seen & bit != 0 {
-            return (State::Present, seen);
+        let (chunk, word, bit) = range::locate(page);
+        let present = || Self::words(&self.present, chunk);
+        let seen = || present().map_or(all, |words| words[word].load_acquire());
+        let first = seen();
+        if first & bit != 0 {
+            return (State::Present, first);
         }
         if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
-            return (State::Zero, seen);
+            return (State::Zero, first);
         }
         // It may have been zero and become present between the two looks: who sees the zero bit cleared
         // sees the present bit, which is set first, perhaps in a chunk that is new.
-        let seen = around(present.or_else(|| Self::words(&self.present, chunk)));
+        let seen = seen();
         let is_sourced = |supply: &Supply| {
             Self::words(&supply.has, chunk)
                 .map_or(supply.default, |words| bits::is_set(words, word, bit))

@@ -42,7 +42,7 @@ impl Threads {
         if on && !tracepoint::available() {
             return Err(EOPNOTSUPP);
         }
-        match (kvm::with_current(kvm::Thread::vm), on) {
+        match (kvm::with_current(|thread| thread.vm()), on) {
             (Some(other), _) if other != vm => Err(EBUSY),
             (Some(_), true) | (None, false) => Ok(()),
             (Some(_), false) => {
@@ -114,4 +114,10 @@ pub(crate) fn prepare_exit(vm: u64, gfn: u64, flags: u64) -> bool {
         ours
     })
     .unwrap_or(false)
+}
+
+/// Whether the current thread maps pages ahead for a vCPU: it is in KVM_PRE_FAULT_MEMORY.
+#[inline]
+pub(crate) fn is_pre_faulting() -> bool {
+    kvm::current_pre_faults()
 }

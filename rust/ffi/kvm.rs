@@ -15,6 +15,7 @@ use super::{
 };
 use crate::rules::stage2::LastFault;
 use core::{
+    cell::Cell,
     marker::PhantomData,
     ptr::{
         null_mut,
@@ -23,14 +24,11 @@ use core::{
 };
 use kernel::{
     prelude::*,
-    sync::{
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
-        rcu, //
-    },
-    types::Opaque, //
+    sync::rcu,
+    types::{
+        NotThreadSafe,
+        Opaque, //
+    }, //
 };
 
 /// A vCPU whose KVM_RUN the current thread is in.
@@ -73,27 +71,36 @@ impl Vcpu<'_> {
 
 /// A thread that asked for fault exits.
 ///
+/// It looks at `own` at every fault, in cache lines that no other thread's record shares.
+///
 /// # Invariants
 ///
-/// `link.pid` is `pid`'s. `vcpu` is null, or a vCPU whose KVM_RUN the thread is in. Apart from `vm`,
-/// `pid` and `link`, the thread alone reads and writes the fields: relaxed ordering is enough. It does so at every
-/// fault, in cache lines that no other thread's record shares.
+/// `link.pid` is `pid`'s. Only the thread itself gets at `own`, through [`Current`].
 #[repr(C, align(64))]
 pub(crate) struct Thread {
     link: Opaque<c::kdp_vcpu_thread>,
     vm: u64,
     pid: task::Pid,
-    vcpu: Atomic<*mut c::kvm_vcpu>,
-    gfn: Atomic<u64>,
-    guest_exits: Atomic<u64>,
+    own: Own,
 }
 
-impl Thread {
-    /// The VM that it asked.
-    pub(crate) fn vm(&self) -> u64 {
-        self.vm
-    }
+/// What a thread was told of its vCPU.
+///
+/// # Invariants
+///
+/// `vcpu` is null, or a vCPU whose KVM_RUN the thread is in.
+struct Own {
+    vcpu: Cell<*mut c::kvm_vcpu>,
+    gfn: Cell<u64>,
+    guest_exits: Cell<u64>,
+}
 
+// SAFETY: A thread's record may be freed by any other.
+unsafe impl Send for Thread {}
+// SAFETY: The fields that others see never change; `own` is its thread's alone (type invariant).
+unsafe impl Sync for Thread {}
+
+impl Thread {
     /// Whether it still runs.
     pub(crate) fn is_alive(&self) -> bool {
         self.pid.is_alive()
@@ -103,38 +110,70 @@ impl Thread {
     pub(crate) fn is_current(&self) -> bool {
         self.pid.is_current()
     }
+}
+
+/// The current thread's record.
+///
+/// # Invariants
+///
+/// `thread` is the current thread's.
+#[derive(Clone, Copy)]
+pub(crate) struct Current<'a> {
+    thread: &'a Thread,
+    _not_send: NotThreadSafe,
+}
+
+impl Current<'_> {
+    /// The VM that it asked.
+    #[inline]
+    pub(crate) fn vm(&self) -> u64 {
+        self.thread.vm
+    }
 
     /// Its vCPU and the stage-2 fault that KVM told of last, if it has not left KVM_RUN since.
     #[inline]
     pub(crate) fn last_fault(&self) -> Option<(Vcpu<'_>, LastFault)> {
-        // INVARIANT: By the invariant of `Thread`; `with_current()` lends it to its thread only, and
-        // not beyond a return from KVM_RUN.
+        let own = &self.thread.own;
+        // INVARIANT: By the invariant of `Own`; `with_current()` lends it to its thread only, and not beyond a
+        // return from KVM_RUN.
         let vcpu = Vcpu {
-            vcpu: NonNull::new(self.vcpu.load(Relaxed))?,
+            vcpu: NonNull::new(own.vcpu.get())?,
             _running: PhantomData,
         };
         let last = LastFault {
-            gfn: self.gfn.load(Relaxed),
-            guest_exits: self.guest_exits.load(Relaxed),
+            gfn: own.gfn.get(),
+            guest_exits: own.guest_exits.get(),
         };
         Some((vcpu, last))
     }
 
     /// The fault is over, or not ours to answer.
+    #[inline]
     pub(crate) fn forget_fault(&self) {
-        self.vcpu.store(null_mut(), Relaxed);
+        self.thread.own.vcpu.set(null_mut());
     }
 }
 
 /// Lends the current thread its record, if it asked for exits. `f` runs under RCU: it must not sleep.
 #[inline]
-pub(crate) fn with_current<R>(f: impl FnOnce(&Thread) -> R) -> Option<R> {
+pub(crate) fn with_current<R>(f: impl FnOnce(Current<'_>) -> R) -> Option<R> {
     let _rcu = rcu::read_lock();
     // SAFETY: This is an RCU section.
     let link = unsafe { c::kdp_vcpu_thread_current() };
     let thread = NonNull::new(link.cast::<Thread>())?;
-    // SAFETY: The table holds the first fields of boxed threads, freed a grace period after they leave it.
-    Some(f(unsafe { thread.as_ref() }))
+    // INVARIANT: It was found by the current thread's pid.
+    Some(f(Current {
+        // SAFETY: The table holds the first fields of boxed threads, freed a grace period after they leave it.
+        thread: unsafe { thread.as_ref() },
+        _not_send: NotThreadSafe,
+    }))
+}
+
+/// Whether the current thread is in KVM_PRE_FAULT_MEMORY.
+#[inline]
+pub(crate) fn current_pre_faults() -> bool {
+    // SAFETY: Always safe to call.
+    unsafe { c::kdp_current_pre_faults() }
 }
 
 /// A thread in the table.
@@ -160,14 +199,16 @@ impl Registered {
             ..Default::default()
         };
         let thread = KBox::new(
-            // INVARIANT: There is no vCPU yet.
             Thread {
                 link: Opaque::new(link),
                 vm,
                 pid,
-                vcpu: Atomic::new(null_mut()),
-                gfn: Atomic::new(0),
-                guest_exits: Atomic::new(0),
+                // INVARIANT: There is no vCPU yet.
+                own: Own {
+                    vcpu: Cell::new(null_mut()),
+                    gfn: Cell::new(0),
+                    guest_exits: Cell::new(0),
+                },
             },
             GFP_KERNEL_ACCOUNT,
         )?;
@@ -245,12 +286,11 @@ pub(super) extern "C" fn on_page_fault(
             thread.forget_fault();
             return;
         }
-        thread
-            .gfn
-            .store(address >> kernel::page::PAGE_SHIFT, Relaxed);
-        thread.guest_exits.store(running.guest_exits(), Relaxed);
+        let own = &thread.thread.own;
+        own.gfn.set(address >> kernel::page::PAGE_SHIFT);
+        own.guest_exits.set(running.guest_exits());
         // INVARIANT: The thread is inside KVM_RUN, until `on_userspace_exit()`.
-        thread.vcpu.store(vcpu.as_ptr(), Relaxed);
+        own.vcpu.set(vcpu.as_ptr());
     });
 }
 
@@ -260,5 +300,5 @@ pub(super) extern "C" fn on_userspace_exit(
     _reason: u32,
     _errno: i32,
 ) {
-    with_current(Thread::forget_fault);
+    with_current(|thread| thread.forget_fault());
 }

@@ -45,11 +45,18 @@ impl<T: Send + Sync + 'static> Tree<T> {
         })
     }
 
+    /// Whether there is no entry. One that is added just now may be missed.
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        // SAFETY: The xarray is valid. Others may write its head meanwhile, as one word: like xa_empty() this reads it
+        // once.
+        unsafe { (&raw const (*self.xa.get()).xa_head).read_volatile() }.is_null()
+    }
+
     /// The entry at `index`.
     #[inline]
     pub(crate) fn get(&self, index: usize) -> Option<&T> {
-        // SAFETY: The xarray is valid; an entry that is added just now may be missed.
-        if unsafe { c::kdp_xa_is_empty(self.xa.get()) } {
+        if self.is_empty() {
             return None;
         }
         // SAFETY: The xarray is valid; xa_load() needs no lock.

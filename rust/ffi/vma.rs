@@ -80,23 +80,41 @@ impl Outcome {
 ///
 /// # Invariants
 ///
-/// `raw` is the argument of a running fault handler, whose lock is held; `info` is read from it.
+/// `raw` is the argument of a running fault handler, whose lock is held.
 pub(crate) struct Fault<'a> {
     raw: *mut bindings::vm_fault,
-    info: c::kdp_fault,
     _fault: PhantomData<&'a bindings::vm_fault>,
 }
 
 impl Fault<'_> {
+    /// What C declares as constant: the area and the address.
+    #[inline]
+    fn info(&self) -> &bindings::vm_fault__bindgen_ty_1 {
+        // SAFETY: The fault is being handled (type invariant), and nobody writes to these fields meanwhile.
+        unsafe { &(*self.raw).__bindgen_anon_1 }
+    }
+
     /// The offset in the file, in pages.
     #[inline]
     pub(crate) fn pgoff(&self) -> u64 {
-        self.info.pgoff as u64
+        self.info().pgoff as u64
+    }
+
+    #[inline]
+    fn flags(&self) -> bindings::fault_flag {
+        // SAFETY: The fault is being handled (type invariant); its flags stay as they are meanwhile.
+        unsafe { (*self.raw).flags }
     }
 
     #[inline]
     fn has(&self, flag: bindings::fault_flag) -> bool {
-        self.info.flags & flag != 0
+        self.flags() & flag != 0
+    }
+
+    /// It is retried: its lock was dropped before.
+    #[inline]
+    pub(crate) fn is_retried(&self) -> bool {
+        self.has(bindings::fault_flag_FAULT_FLAG_TRIED)
     }
 
     /// It is a write.
@@ -137,7 +155,7 @@ impl Fault<'_> {
     /// The address, rounded down to a page.
     #[inline]
     pub(super) fn address(&self) -> usize {
-        self.info.address & !(PAGE_SIZE - 1)
+        self.info().address & !(PAGE_SIZE - 1)
     }
 
     /// The mapped file, if the fault is in the current thread's own address space, the thread goes back
@@ -145,7 +163,7 @@ impl Fault<'_> {
     pub(super) fn file_if_own(&self) -> Option<RawFile> {
         // SAFETY: The fault's lock keeps the area valid (type invariant), and the area its file.
         unsafe {
-            let vma = self.info.vma;
+            let vma = self.info().vma;
             let own = (*vma).vm_mm == c::kdp_current_mm() && c::kdp_current_returns_to_user();
             (own && c::kdp_vma_may_be_huge(vma)).then(|| RawFile::another((*vma).vm_file))?
         }
@@ -153,7 +171,7 @@ impl Fault<'_> {
 
     fn vma(&self) -> &VmaRef {
         // SAFETY: The fault's lock keeps the area valid (type invariant).
-        unsafe { VmaRef::from_raw(self.info.vma) }
+        unsafe { VmaRef::from_raw(self.info().vma) }
     }
 
     /// Whether a block has been mapped where this fault of one page is. Then no page may be inserted:
@@ -170,7 +188,7 @@ impl Fault<'_> {
         // SAFETY: The area is valid. The frame is pinned now; the tree that it was borrowed from is
         // exclusively borrowed to unpin it, and `backing.rs` unmaps it before it does so.
         Outcome::from_insert(unsafe {
-            bindings::vmf_insert_pfn(self.info.vma, self.info.address, pfn.number)
+            bindings::vmf_insert_pfn(self.info().vma, self.info().address, pfn.number)
         })
     }
 
@@ -213,7 +231,7 @@ impl Fault<'_> {
             // `insert_pfn()`.
             unsafe {
                 c::kdp_insert_pfns(
-                    self.info.vma,
+                    self.info().vma,
                     address,
                     frames.numbers[from..].as_ptr(),
                     to - from + 1,
@@ -226,8 +244,8 @@ impl Fault<'_> {
     /// lies in the area and addresses and offsets are aligned alike.
     pub(crate) fn block(&self, order: u32) -> Option<u64> {
         let size = PAGE_SIZE << order;
-        let start = self.info.address & !(size - 1);
-        let into = (self.info.address - start) / PAGE_SIZE;
+        let start = self.info().address & !(size - 1);
+        let into = (self.info().address - start) / PAGE_SIZE;
         let first = self.pgoff().checked_sub(into as u64)?;
         let aligned = first & ((1 << order) - 1) == 0;
         let inside = start >= self.vma().start() && start + size <= self.vma().end();
@@ -259,7 +277,7 @@ impl Fault<'_> {
         let Some(vma) = self.vma().as_mixedmap_vma() else {
             return Outcome::Fail;
         };
-        match vma.vm_insert_page(self.info.address, page) {
+        match vma.vm_insert_page(self.info().address, page) {
             Ok(()) => Outcome::Mapped,
             // Another thread mapped it first.
             Err(e) if e == EBUSY => Outcome::Mapped,
@@ -317,17 +335,18 @@ impl<M: Mapping> Ops<M> {
     ///
     /// `raw` is the argument of a running fault handler of an area that [`NewMapping::install`] set up for
     /// `M`.
+    #[inline]
     unsafe fn enter<'a>(raw: *mut bindings::vm_fault) -> (ArcBorrow<'a, M::Owner>, Fault<'a>) {
-        let mut info = c::kdp_fault::default();
-        // SAFETY: By the caller's promise.
-        unsafe { c::kdp_fault_read(raw, &mut info) };
-        // SAFETY: `install()` put the owner there, from an `Arc` that the area's file holds.
-        let owner = unsafe { ArcBorrow::from_raw(info.owner.cast::<M::Owner>()) };
         // INVARIANT: By the caller's promise.
         let fault = Fault {
             raw,
-            info,
             _fault: PhantomData,
+        };
+        // SAFETY: The fault's lock keeps the area valid. `install()` put the owner there, from an `Arc` that the
+        // area's file holds.
+        let owner = unsafe {
+            let owner = (*fault.info().vma).vm_private_data;
+            ArcBorrow::from_raw(owner.cast::<M::Owner>())
         };
         (owner, fault)
     }

@@ -27,6 +27,14 @@ pub struct Ran {
 
 /// Runs a guest until it halts.
 pub fn run(vcpu: &mut Vcpu, mut on_fault: impl FnMut(&MemoryFault) -> Result) -> Result<Ran> {
+    run_with(vcpu, |_, fault| on_fault(fault))
+}
+
+/// Runs a guest until it halts; what is to be done at a fault may need the vCPU.
+pub fn run_with(
+    vcpu: &mut Vcpu,
+    mut on_fault: impl FnMut(&mut Vcpu, &MemoryFault) -> Result,
+) -> Result<Ran> {
     let mut ran = Ran::default();
     loop {
         match vcpu.run()? {
@@ -34,7 +42,7 @@ pub fn run(vcpu: &mut Vcpu, mut on_fault: impl FnMut(&MemoryFault) -> Result) ->
             Stop::Tick(value) => ran.ticks.push(value),
             Stop::Fault(fault) => {
                 ran.faults.push(fault);
-                on_fault(&fault)?;
+                on_fault(vcpu, &fault)?;
             }
             Stop::Halted => return Ok(ran),
             Stop::Interrupted => ran.interrupted += 1,

@@ -26,9 +26,10 @@ tests! {
     "vcpu-absent-again-waits-hugetlb" => || absent_again(Backing::Huge2M, false),
     "vcpu-paging-off-and-on-shmem" => || paging_off_and_on(Backing::Shmem),
     "vcpu-paging-off-and-on-hugetlb" => || paging_off_and_on(Backing::Huge2M),
-    "vcpu-run-never-fails-shmem" => || run_never_fails(Backing::Shmem, false),
-    "vcpu-run-never-fails-hugetlb" => || run_never_fails(Backing::Huge2M, false),
-    "vcpu-run-never-fails-with-exits" => || run_never_fails(Backing::Shmem, true),
+    "vcpu-run-never-fails-shmem" => || run_never_fails(Backing::Shmem, Served::Waits),
+    "vcpu-run-never-fails-hugetlb" => || run_never_fails(Backing::Huge2M, Served::Waits),
+    "vcpu-run-never-fails-with-exits" => || run_never_fails(Backing::Shmem, Served::Exits),
+    "vcpu-run-never-fails-with-pre-faults" => || run_never_fails(Backing::Shmem, Served::PreFaults),
 }
 
 /// Where the guest has the floors of a watch.
@@ -209,10 +210,22 @@ fn paging_off_and_on(backing: Backing) -> Result {
     handler.stop()
 }
 
+/// How a vCPU is served.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Served {
+    /// It waits.
+    Waits,
+    /// It exits.
+    Exits,
+    /// It exits, and the page is mapped by KVM_PRE_FAULT_MEMORY before it goes on: that may fail, or wait.
+    PreFaults,
+}
+
 /// A third party makes pages present and absent again, after a time of every length, and switches demand
 /// paging off and on, under a running vCPU: KVM_RUN never fails, but for the exits that were asked for. An
 /// unmodified QEMU would stop its guest at the first EFAULT.
-fn run_never_fails(backing: Backing, exits: bool) -> Result {
+fn run_never_fails(backing: Backing, served: Served) -> Result {
+    let exits = served != Served::Waits;
     const PAGES: u64 = 4;
     let whole = PageRange::new(0, BLOCK);
     let slot = Slot::new(backing, BLOCK)?;
@@ -229,8 +242,11 @@ fn run_never_fails(backing: Backing, exits: bool) -> Result {
     let vm = slot.vm.try_clone()?;
     let mut task = Task::work(move || -> Result<_> {
         vm.set_vcpu_exits(exits)?;
-        guest::run(&mut vcpu, |fault| {
+        guest::run_with(&mut vcpu, |vcpu, fault| {
             ensure!(exits, "an exit of a thread that has exits off: {fault:x?}");
+            if served == Served::PreFaults {
+                vcpu.pre_fault(fault.gpa, fault.size);
+            }
             Ok(())
         })
     })?;
