@@ -274,7 +274,7 @@ int main(int argc, char **argv)
 {
 	const char *kind = getenv("KDP_KERNEL");
 	/* The debug kernel is several times slower. */
-	int timeout = kind && !strcmp(kind, "debug") ? 240 : 60;
+	int timeout = kind && !strcmp(kind, "debug") ? 480 : 120;
 	struct __fixture_metadata *f;
 	struct __test_metadata *t;
 	unsigned int count;

@@ -125,7 +125,7 @@ pub(super) fn random_guests_on(slot: &Arc<Slot>, block: u64, step: u64, exits: b
         })?);
     }
     for task in tasks {
-        let ran = task.join_within("a vCPU", 5 * PATIENCE)?;
+        let ran = task.join_long("a vCPU")?;
         ensure!(
             exits != ran.faults.is_empty(),
             "a vCPU with exits {exits} had {} exits",
