@@ -17,6 +17,7 @@ mod handler;
 mod harness;
 mod shared;
 mod slot;
+mod slow_fs;
 mod stuck;
 mod sys;
 mod tables;

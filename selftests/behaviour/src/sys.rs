@@ -3,9 +3,12 @@
 //! The system calls that the standard library lacks, and accesses that may fail.
 
 use std::arch::global_asm;
+use std::ffi::CString;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr;
 use std::sync::Once;
 use std::time::{Duration, Instant};
@@ -58,6 +61,25 @@ pub fn pipe_to_write() -> io::Result<OwnedFd> {
     let (read, write) = pipe()?;
     mem::forget(read);
     Ok(write)
+}
+
+/// mount(2)
+pub fn mount(source: &str, target: &Path, kind: &str, options: &str) -> io::Result<()> {
+    let source = CString::new(source)?;
+    let target = CString::new(target.as_os_str().as_bytes())?;
+    let kind = CString::new(kind)?;
+    let options = CString::new(options)?;
+    // SAFETY: they are strings that outlive the call, which copies them.
+    check(unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            0,
+            options.as_ptr().cast(),
+        )
+    })
+    .map(drop)
 }
 
 /// An eventfd at 0.

@@ -3,7 +3,7 @@
 //! Absent pages that the kernel reads from a file by itself.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
@@ -18,8 +18,9 @@ use crate::content;
 use crate::guest;
 use crate::harness::rounds;
 use crate::slot::{Slot, BACKINGS, BLOCK, GPA, ID, PAGE};
-use crate::sys::{self, Touched};
-use crate::task::{until, Task};
+use crate::slow_fs::SlowFs;
+use crate::sys::{self, Child, Ended, Touched};
+use crate::task::{until, Task, PATIENCE};
 
 tests! {
     "source-read-in-the-fault" => read_in_the_fault,
@@ -29,6 +30,7 @@ tests! {
     "source-block-device" => block_device,
     "source-without-a-page-cache" => without_a_page_cache,
     "source-host-file-system" => host_file_system,
+    "source-hangs-and-is-killed" => hangs_and_is_killed,
     "source-places-once" => places_once,
     "source-places-once-beside-marks" => places_once_beside_marks,
     "source-absent-again-is-not-read" => absent_again_is_not_read,
@@ -237,6 +239,61 @@ fn without_a_page_cache() -> Result {
         }
         drop(unmount);
         fs::remove_dir_all(&dir)?;
+    }
+    Ok(())
+}
+
+/// A disk does not answer: who touches its pages waits without a lock that anybody else needs, and can be killed.
+fn hangs_and_is_killed() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let page = pages - 1;
+        // It is to be forked before there are threads.
+        let (told, tell) = sys::pipe()?;
+        let touching = slot.clone();
+        let mut child = Child::fork(move || {
+            ensure!(sys::readable(told.as_raw_fd(), PATIENCE)?, "no word");
+            touching.check(page, 1)
+        })?;
+
+        let bytes = (0..pages).flat_map(|page| content::bytes(page, 1));
+        let slow = SlowFs::mount(bytes.collect())?;
+        let device = run(Command::new("losetup")
+            .args(["--read-only", "--find", "--show"])
+            .arg(slow.file()))?;
+        let _undo = Undo(vec!["losetup".into(), "-d".into(), device.clone()]);
+        slot.vm.set_source(ID, File::open(&device)?, 0, None)?;
+        slot.check(0, 1)?;
+        slot.place(1, 2)?;
+
+        slow.hold();
+        sys::write_from(tell.as_fd(), [1_u8].as_ptr(), 1)?;
+        slow.until_held()?;
+        // The same page, and one that nobody has touched.
+        let mut tasks = [slot.checker(page, 1)?, slot.checker(pages / 2, 1)?];
+        for task in &mut tasks {
+            task.still_waits("a thread that reads from a disk that hangs")?;
+        }
+        // What does not need the disk goes on: present pages, calls that write, mappings that come and go.
+        slot.check(1, 2)?;
+        slot.place(2, 2)?;
+        slot.check(2, 2)?;
+        slot.mark(State::Absent, 2)?;
+        slot.place(2, 3)?;
+        slot.check(2, 3)?;
+        drop(slot.memslot.map()?);
+
+        child.kill(libc::SIGKILL)?;
+        ensure_eq!(
+            child.wait(PATIENCE)?,
+            Ended::Signal(libc::SIGKILL),
+            "the end of a process that reads from a disk that hangs"
+        );
+        slow.release();
+        for task in tasks {
+            task.join("a thread whose disk answers again")?;
+        }
+        slot.vm.clear_source(ID)?;
     }
     Ok(())
 }
