@@ -9,10 +9,16 @@
 pub const START_NS: u64 = 10_000;
 
 /// How long the next waiter looks out, when this one did so for `now` and its page came after `took`
-/// nanoseconds. More than `max` never pays.
+/// nanoseconds. More than `max` never pays: after a page that took longer it is half as long, and nothing in the
+/// end. Were it nothing at once, one late page would undo what many early ones have shown.
 pub fn next(now: u64, took: u64, max: u64) -> u64 {
     if took > max {
-        0
+        let half = now.min(max) / 2;
+        if half < START_NS {
+            0
+        } else {
+            half
+        }
     } else if took <= now {
         now.min(max)
     } else {
