@@ -131,7 +131,7 @@ impl Message<'_> {
         Ok(head
             .iter()
             .rev()
-            .fold(0, |n, byte| n << 8 | u64::from(*byte)))
+            .fold(0, |n, byte| (n << 8) | u64::from(*byte)))
     }
 
     fn string(&mut self) -> Result<String> {
