@@ -64,7 +64,7 @@ fn consider_block(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: u32, 
     let block = fault
         .block(next)
         .and_then(|first| slot.range(first, 1 << next));
-    if block.is_some_and(|block| pages.all_present(block, true))
+    if block.is_some_and(|block| pages.all_mappable(block))
         && slot.backing.pin_block(pages, page, first)
     {
         remap::request::<Memslot>(&slot.remapper, fault, next);
@@ -75,7 +75,7 @@ impl Remap for Memslot {
     fn remap(this: ArcBorrow<'_, Self>, space: Space<'_>) {
         let is_whole = |range: PageRange| {
             let pages = this.pages.read();
-            let whole = pages.all_present(range, true);
+            let whole = pages.all_mappable(range);
             drop(pages);
             whole && space.covers(range)
         };

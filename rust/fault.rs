@@ -118,7 +118,7 @@ fn block_frame<'a>(
     order: u32,
     block: PageRange,
 ) -> Option<Pfn<'a>> {
-    if !pages.all_present(block, true) {
+    if !pages.all_mappable(block) {
         return None;
     }
     let frame = slot.backing.frame(pages, page).ok()?;
@@ -309,10 +309,15 @@ fn serve<'a>(
 ) -> Result<Outcome, Fault<'a>> {
     let served = slot.vm.events.is_served();
     // What is prepared stands, so only where an exit is going to follow.
-    let exits =
-        state == State::Absent && served && prepare_exit(&slot, &fault, page, KDP_EXIT_ABSENT);
+    let reason = match state {
+        State::Absent if served => KDP_EXIT_ABSENT,
+        State::Poisoned => KDP_EXIT_POISONED,
+        _ => 0,
+    };
+    let exits = reason != 0 && prepare_exit(&slot, &fault, page, reason);
     match decide(state, toucher(&fault, exits), served) {
-        Verdict::Exit => Ok(exit(&slot, &fault, page)),
+        Verdict::Exit => Ok(exit(&slot, &fault, page, reason)),
+        Verdict::Poison => Ok(poisoned(&slot)),
         Verdict::Wait => wait(slot, fault, page),
         Verdict::Retry => Ok(Outcome::RetryLocked),
         Verdict::Fail => Ok(fail(&slot)),
@@ -325,12 +330,18 @@ fn serve<'a>(
     }
 }
 
-fn exit(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
+fn exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> Outcome {
     let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
     let gpa = (slot.place.base_gfn + page) << KDP_PAGE_SHIFT;
-    trace::exit(slot.place.id, page, gpa, KDP_EXIT_ABSENT | write);
+    trace::exit(slot.place.id, page, gpa, reason | write);
     slot.stats.exits().add(1);
     Outcome::Fail
+}
+
+#[cold]
+fn poisoned(slot: &Memslot) -> Outcome {
+    slot.stats.poisoned_touches().add(1);
+    Outcome::Poisoned
 }
 
 #[cold]

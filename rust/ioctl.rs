@@ -27,6 +27,7 @@ use crate::{
         Path, //
     },
     rules::{
+        poison::Cause,
         range::PageRange,
         touch::State, //
     },
@@ -69,6 +70,8 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_VCPU_EXITS => simple(arg, |a| vcpu_exits(vm, a)),
         KDP_CMD_COLLAPSE => with_answer(arg, |a| collapse(vm, a)),
         KDP_CMD_SOURCE => simple(arg, |a| source(vm, a)),
+        KDP_CMD_POISON => with_answer(arg, |a| poison(vm, a)),
+        KDP_CMD_POISON_LIST => with_answer(arg, |a| poison_list(vm, a)),
         _ => Err(ENOTTY),
     }
 }
@@ -126,7 +129,8 @@ fn info(arg: &mut kdp_info) -> Result {
             | KDP_FEATURE_HUGE
             | KDP_FEATURE_ZERO
             | KDP_FEATURE_COLLAPSE
-            | KDP_FEATURE_SOURCE,
+            | KDP_FEATURE_SOURCE
+            | KDP_FEATURE_POISON,
     );
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
@@ -340,6 +344,62 @@ fn source(vm: ArcBorrow<'_, Vm>, arg: &kdp_source) -> Result {
         }
     };
     memslot.set_source(source, ranges.as_slice())
+}
+
+fn poison(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_poison) -> Result {
+    arg.done = 0;
+    arg.changed = 0;
+    check_unknown(arg.flags, KDP_POISON_HEAL, 0)?;
+    let heals = arg.flags & KDP_POISON_HEAL != 0;
+    let cause = match arg.cause {
+        0 if heals => None,
+        KDP_CAUSE_EMULATED if !heals => Some(Cause::Emulated),
+        KDP_CAUSE_INHERITED if !heals => Some(Cause::Inherited),
+        0..=KDP_CAUSE_INHERITED => return Err(EINVAL),
+        _ => return Err(EOPNOTSUPP),
+    };
+    let memslot = vm.slot(arg.slot_id)?;
+    if arg.nr_ranges == 0 {
+        return Err(EINVAL);
+    }
+    let ranges = read_ranges(&memslot, arg.ranges, arg.nr_ranges)?;
+    let mut progress = Progress::default();
+    let result = ranges.as_slice().iter().try_for_each(|&range| match cause {
+        Some(cause) => memslot.poison(range, cause, &mut progress),
+        None => memslot.heal(range, &mut progress),
+    });
+    arg.done = progress.done;
+    arg.changed = progress.changed;
+    result
+}
+
+fn poison_list(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_poison_list) -> Result {
+    check_unknown(arg.flags, 0, 0)?;
+    let memslot = vm.slot(arg.slot_id)?;
+    if arg.count == 0 || arg.count > KDP_MAX_RANGES || arg.first > memslot.place.nr_pages {
+        return Err(EINVAL);
+    }
+    let room = arg.count as usize;
+    let mut runs = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+    memslot.poisoned(arg.first, &mut runs)?;
+    let address = usize::try_from(arg.poisoned).map_err(|_| EFAULT)?;
+    let bytes = runs.len() * size_of::<kdp_poisoned>();
+    let mut out = UserSlice::new(UserPtr::from_addr(address), bytes).writer();
+    for run in runs.iter() {
+        let raw = kdp_poisoned {
+            first: run.first,
+            count: run.count,
+            cause: run.cause as u32,
+            ..Default::default()
+        };
+        out.write_slice(raw.bytes())?;
+    }
+    arg.count = runs.len() as u32;
+    arg.first = match runs.last() {
+        Some(run) if runs.len() == room => run.first + run.count,
+        _ => memslot.place.nr_pages,
+    };
+    Ok(())
 }
 
 fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &kdp_vcpu_exits) -> Result {

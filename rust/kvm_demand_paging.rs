@@ -25,6 +25,7 @@ mod memslot;
 mod notices;
 mod pages;
 mod path;
+mod poison;
 mod source;
 mod stats;
 mod vcpu;

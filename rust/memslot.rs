@@ -51,6 +51,10 @@ use crate::{
             blocks,
             BLOCK_PAGES, //
         },
+        poison::{
+            Cause,
+            Run, //
+        },
         queue::{
             Key,
             Owner, //
@@ -344,7 +348,7 @@ impl Memslot {
         let mut run: Option<(u64, u64)> = None;
         for (block, is_full) in blocks(range) {
             let pages = self.pages.read();
-            let is_whole = is_full && pages.all_present(block, true);
+            let is_whole = is_full && pages.all_mappable(block);
             let is_huge = is_full
                 && (is_whole || report.is_some())
                 && self.backing.may_be_block(&pages, block);
@@ -438,6 +442,75 @@ impl Memslot {
             stop += folio;
         }
         self.range(at, stop - at)
+    }
+
+    /// Poisons a range: it is unmapped from everybody, and who waits for it learns that its bytes are lost.
+    pub(crate) fn poison(&self, range: PageRange, cause: Cause, progress: &mut Progress) -> Result {
+        let _changes = self.changes.lock();
+        let mut first = range.first();
+        for part in range.chunks() {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let last = first + (part.count - 1);
+            let mut pages = self.pages.write();
+            if pages.mode() == Mode::Removed {
+                return Err(ENOENT);
+            }
+            let added: Result = (first..=last).try_for_each(|page| {
+                progress.changed += u64::from(pages.poison.add(page, cause)?);
+                Ok(())
+            });
+            // Also those that were added before one failed.
+            self.inode.unmap(first, part.count);
+            drop(pages);
+            self.wake(first, last);
+            added?;
+            first = last + 1;
+        }
+        progress.done += 1;
+        Ok(())
+    }
+
+    /// Takes the poison from a range whose frames are good: its pages are what they are besides.
+    pub(crate) fn heal(&self, range: PageRange, progress: &mut Progress) -> Result {
+        let _changes = self.changes.lock();
+        let pages = self.pages.read();
+        if pages.mode() == Mode::Removed {
+            return Err(ENOENT);
+        }
+        pages.poison.check_heal(range)?;
+        drop(pages);
+        loop {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let mut pages = self.pages.write();
+            let Some(first) = pages.poison.first(range) else {
+                break;
+            };
+            let end = (first / BLOCK_PAGES + 1) * BLOCK_PAGES;
+            let part = self
+                .range(first, end.min(range.last() + 1) - first)
+                .ok_or(EINVAL)?;
+            while pages.poison.take(part).is_some() {
+                progress.changed += 1;
+            }
+            drop(pages);
+            self.unmap_whole_blocks(first, part.count());
+        }
+        progress.done += 1;
+        Ok(())
+    }
+
+    /// The runs of poisoned pages from page `from` on, as many as there is room for in `found`.
+    pub(crate) fn poisoned(&self, from: u64, found: &mut KVVec<Run>) -> Result {
+        let pages = self.pages.read();
+        let room = found.capacity() - found.len();
+        for run in pages.poison.runs(from).take(room) {
+            found.push(run, GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(())
     }
 
     /// Switches demand paging.
@@ -554,7 +627,7 @@ impl Memslot {
     /// The caller has `changes`.
     fn fill_zero_locked(&self, page: u64) -> Result {
         let pages = self.pages.read();
-        if pages.state(page) != State::Zero {
+        if !pages.is_zero(page) {
             return Ok(());
         }
         // Nobody has the page mapped: it was absent when it became zero.

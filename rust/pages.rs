@@ -19,6 +19,7 @@ use crate::{
         },
         tree::Tree, //
     },
+    poison::Poison,
     rules::{
         bits::{
             self,
@@ -68,6 +69,8 @@ pub(crate) struct Pages {
     /// [`PINS`]: crate::ffi::memfd::PINS
     pub(crate) pins: Tree<Pins>,
     supply: Option<Supply>,
+    /// Counts for more than all else.
+    pub(crate) poison: Poison,
 }
 
 /// A source, and which absent pages it has the bytes of.
@@ -114,6 +117,7 @@ impl Pages {
             zero: Tree::new()?,
             pins: Tree::new()?,
             supply: None,
+            poison: Poison::new()?,
         })
     }
 
@@ -121,8 +125,12 @@ impl Pages {
         self.mode
     }
 
-    /// Starts over in another mode, with no bits and no source. The caller unmaps the bitmap.
+    /// Starts over in another mode, with no bits and no source. The caller unmaps the bitmap. What is poisoned stays so
+    /// as long as there is a memslot.
     pub(crate) fn restart(&mut self, mode: Mode) {
+        if mode == Mode::Removed {
+            self.poison.clear();
+        }
         self.mode = mode;
         self.present.clear();
         self.zero.clear();
@@ -167,6 +175,34 @@ impl Pages {
     /// The state of a page, and the present bits of those in the same word.
     #[inline]
     pub(crate) fn look(&self, page: u64) -> (State, u64) {
+        if self.poison.is_empty() {
+            self.look_healthy(page)
+        } else {
+            self.look_poisoned(page)
+        }
+    }
+
+    /// Whether a page is to be filled with zeros before it can be present: also one that is poisoned, and may be healed.
+    pub(crate) fn is_zero(&self, page: u64) -> bool {
+        self.look_healthy(page).0 == State::Zero && !self.poison.is_bad(page)
+    }
+
+    /// The same, where there are poisoned pages: they are not present.
+    #[cold]
+    #[inline(never)]
+    fn look_poisoned(&self, page: u64) -> (State, u64) {
+        let (state, seen) = self.look_healthy(page);
+        let state = if self.poison.has(page) {
+            State::Poisoned
+        } else {
+            state
+        };
+        (state, seen & !self.poison.word(page))
+    }
+
+    /// The same, as if no page were poisoned.
+    #[inline(always)]
+    fn look_healthy(&self, page: u64) -> (State, u64) {
         let (chunk, word, bit) = range::locate(page);
         // Where there are bits, paging is on (type invariant).
         if let Some(words) = Self::words(&self.present, chunk) {
@@ -218,6 +254,11 @@ impl Pages {
         }
     }
 
+    /// Whether every page of a range can be mapped.
+    pub(crate) fn all_mappable(&self, range: PageRange) -> bool {
+        self.all_present(range, true) && self.poison.first(range).is_none()
+    }
+
     /// Whether the present bit of every page of a range is `value`.
     pub(crate) fn all_present(&self, range: PageRange, value: bool) -> bool {
         match self.mode {
@@ -234,8 +275,13 @@ impl Pages {
         }
     }
 
-    /// The first page of a range whose present bit is clear.
+    /// The first page of a range that is poisoned, or whose present bit is clear.
     pub(crate) fn first_missing(&self, range: PageRange) -> Option<u64> {
+        let missing = [self.poison.first(range), self.first_clear(range)];
+        missing.into_iter().flatten().min()
+    }
+
+    fn first_clear(&self, range: PageRange) -> Option<u64> {
         let mut first = range.first();
         for part in range.chunks() {
             let found = match (self.mode, Self::words(&self.present, part.chunk)) {

@@ -72,13 +72,18 @@ arguments! {
     kdp_vcpu_exits: 16;
     kdp_collapse: 64;
     kdp_source: 40;
+    kdp_poison: 40;
+    kdp_poison_list: 32;
 }
 
 const _: () = assert!(size_of::<kdp_event>() == 48 && size_of::<kdp_range>() == 16);
+const _: () = assert!(size_of::<kdp_poisoned>() == 24);
 // SAFETY: As above.
 unsafe impl Plain for kdp_event {}
 // SAFETY: As above.
 unsafe impl Plain for kdp_range {}
+// SAFETY: As above.
+unsafe impl Plain for kdp_poisoned {}
 
 /// No struct is longer than this, whatever comes.
 const MAX_SIZE: usize = 4096;

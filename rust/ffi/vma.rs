@@ -43,6 +43,8 @@ pub(crate) enum Outcome {
     Fallback,
     /// SIGBUS, or EFAULT in the kernel.
     Fail,
+    /// SIGBUS as for a memory error of the page, or EFAULT in the kernel.
+    Poisoned,
     /// No memory for page tables.
     OutOfMemory,
 }
@@ -58,6 +60,7 @@ impl Outcome {
             }
             Outcome::Fallback => vm_fault_reason_VM_FAULT_FALLBACK,
             Outcome::Fail => vm_fault_reason_VM_FAULT_SIGBUS,
+            Outcome::Poisoned => vm_fault_reason_VM_FAULT_HWPOISON,
             Outcome::OutOfMemory => vm_fault_reason_VM_FAULT_OOM,
         }
     }

@@ -10,6 +10,7 @@ pub mod around;
 pub mod bits;
 pub mod collapse;
 pub mod name;
+pub mod poison;
 pub mod poll;
 pub mod queue;
 pub mod range;

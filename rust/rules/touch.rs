@@ -13,6 +13,8 @@ pub enum State {
     Sourced,
     /// Its bytes are elsewhere.
     Absent,
+    /// Its bytes are lost.
+    Poisoned,
     /// Its memslot was removed.
     Removed,
 }
@@ -43,6 +45,8 @@ pub enum Verdict {
     Wait,
     /// Come back without having slept.
     Retry,
+    /// The machine check that an access to lost memory is.
+    Poison,
     /// An error, never a page of zeros.
     Fail,
 }
@@ -53,6 +57,9 @@ pub fn decide(state: State, who: Toucher, served: bool) -> Verdict {
         State::Present => Verdict::Map,
         State::Zero => Verdict::FillZero,
         State::Removed => Verdict::Fail,
+        // Nobody need serve it: nobody can.
+        State::Poisoned if who.exits => Verdict::Exit,
+        State::Poisoned => Verdict::Poison,
         // Nobody need serve it, and nobody is asked.
         State::Sourced if !who.may_retry => Verdict::Fail,
         State::Sourced if who.no_wait => Verdict::Retry,

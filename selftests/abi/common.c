@@ -19,6 +19,8 @@ union arg {
 	struct kdp_vcpu_exits exits;
 	struct kdp_collapse collapse;
 	struct kdp_source source;
+	struct kdp_poison poison;
+	struct kdp_poison_list list;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -40,6 +42,8 @@ static const struct call {
 	{ "KDP_VCPU_EXITS", KDP_VCPU_EXITS, sizeof(struct kdp_vcpu_exits), 0, false },
 	{ "KDP_COLLAPSE", KDP_COLLAPSE, sizeof(struct kdp_collapse), 0, true },
 	{ "KDP_SOURCE", KDP_SOURCE, sizeof(struct kdp_source), KDP_SOURCE_ADD, false },
+	{ "KDP_POISON", KDP_POISON, sizeof(struct kdp_poison), KDP_POISON_HEAL, true },
+	{ "KDP_POISON_LIST", KDP_POISON_LIST, sizeof(struct kdp_poison_list), 0, true },
 };
 
 #define for_each_call(c) \
@@ -51,6 +55,7 @@ FIXTURE(abi) {
 	__u32 next_id;
 	bool has_exits;
 	struct kdp_range range;
+	struct kdp_poisoned poisoned;
 	union arg *arg;		/* followed by a page that nobody can touch */
 	unsigned char *wall;	/* that page */
 };
@@ -123,6 +128,17 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 	case KDP_SOURCE:
 		a->source.slot_id = SLOT;
 		a->source.fd = -1;
+		break;
+	case KDP_POISON:
+		a->poison.slot_id = SLOT;
+		a->poison.cause = KDP_CAUSE_INHERITED;
+		a->poison.ranges = (uintptr_t)&self->range;
+		a->poison.nr_ranges = 1;
+		break;
+	case KDP_POISON_LIST:
+		a->list.slot_id = SLOT;
+		a->list.count = 1;
+		a->list.poisoned = (uintptr_t)&self->poisoned;
 		break;
 	}
 }

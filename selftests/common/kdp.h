@@ -144,6 +144,31 @@ static inline struct marked kdp_mark(int vm, __u32 id, __u32 state, __u64 first,
 	return kdp_mark_ranges(vm, id, state, &range, 1);
 }
 
+static inline struct marked kdp_poison_ranges(int vm, __u32 id, __u32 flags, __u32 cause,
+					      const struct kdp_range *ranges, __u32 nr)
+{
+	struct kdp_poison arg = KDP_ARG(kdp_poison, .flags = flags, .slot_id = id, .cause = cause,
+					.ranges = (uintptr_t)ranges, .nr_ranges = nr,
+					.done = 0x5a5a5a5a, .changed = 0x5a5a5a5a5a5a5a5a);
+	int err = kdp_ioctl(vm, KDP_POISON, &arg);
+
+	return (struct marked){ err, arg.done, arg.changed };
+}
+
+static inline struct marked kdp_poison(int vm, __u32 id, __u64 first, __u64 count)
+{
+	struct kdp_range range = { first, count };
+
+	return kdp_poison_ranges(vm, id, 0, KDP_CAUSE_EMULATED, &range, 1);
+}
+
+static inline struct marked kdp_heal(int vm, __u32 id, __u64 first, __u64 count)
+{
+	struct kdp_range range = { first, count };
+
+	return kdp_poison_ranges(vm, id, KDP_POISON_HEAL, 0, &range, 1);
+}
+
 /* A memfd of so many pages with these seals; -1 and errno when it cannot be. */
 static inline int memfd_sealed(unsigned int mfd_flags, __u64 pages, unsigned int seals)
 {

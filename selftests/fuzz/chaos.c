@@ -39,6 +39,7 @@ static const int *own_errs(unsigned long cmd)
 		return mark;
 	case KDP_PAGING:
 	case KDP_COLLAPSE:
+	case KDP_POISON:
 		return paging;
 	case KDP_SOURCE:
 		return source;
@@ -184,6 +185,33 @@ static void chaos_source(struct task *t, int vm, bool unsure)
 	call(t, vm, unsure, KDP_SOURCE, &a);
 }
 
+static void chaos_poison(struct task *t, int vm, bool unsure)
+{
+	struct kdp_poisoned found[4];
+	struct kdp_range ranges[4];
+	struct kdp_poison a = KDP_ARG(kdp_poison, .slot_id = chaos_id(t),
+				      .ranges = (uintptr_t)ranges, .nr_ranges = 1 + pick(&t->r, 4));
+	struct kdp_poison_list list = KDP_ARG(kdp_poison_list, .slot_id = chaos_id(t), .count = 4,
+					      .first = pick(&t->r, 128), .poisoned = (uintptr_t)found);
+
+	for (int i = 0; i < 4; i++)
+		ranges[i] = (struct kdp_range){ pick(&t->r, 128), 1 + pick(&t->r, 8) };
+	if (chance(&t->r, 20)) {
+		spoil(t, &list, sizeof(list), offsetof(struct kdp_poison_list, slot_id));
+		call(t, vm, unsure, KDP_POISON_LIST, &list);
+		return;
+	}
+	/* More is healed than poisoned. */
+	if (chance(&t->r, 60)) {
+		a.flags = KDP_POISON_HEAL;
+		ranges[0] = (struct kdp_range){ 0, 1 + pick(&t->r, 64) };
+	} else {
+		a.cause = KDP_CAUSE_EMULATED + pick(&t->r, 2);
+	}
+	spoil(t, &a, sizeof(a), offsetof(struct kdp_poison, slot_id));
+	call(t, vm, unsure, KDP_POISON, &a);
+}
+
 static void chaos_simple(struct task *t, int vm, bool unsure)
 {
 	struct kdp_paging paging = KDP_ARG(kdp_paging, .slot_id = chaos_id(t), .mode = pick(&t->r, 3));
@@ -264,7 +292,7 @@ static void table_op(struct task *t)
 	if (!atomic_exchange(&table_ready, true))
 		for (int i = 0; i < 8; i++)
 			table[i] = -1;
-	switch (pick(&t->r, 7)) {
+	switch (pick(&t->r, 8)) {
 	case 0:
 		table_replace(t);
 		break;
@@ -280,6 +308,9 @@ static void table_op(struct task *t)
 	case 4:
 		chaos_source(t, table_fd(t), true);
 		break;
+	case 5:
+		chaos_poison(t, table_fd(t), true);
+		break;
 	default:
 		chaos_simple(t, table_fd(t), true);
 	}
@@ -289,7 +320,7 @@ void chaos_op(struct task *t)
 {
 	int vm = t->sh->vm[pick(&t->r, NR_VMS)];
 
-	switch (pick(&t->r, 13)) {
+	switch (pick(&t->r, 14)) {
 	case 0:
 	case 1:
 		chaos_create(t, vm, false, true);
@@ -314,6 +345,9 @@ void chaos_op(struct task *t)
 		break;
 	case 10:
 		chaos_source(t, vm, false);
+		break;
+	case 11:
+		chaos_poison(t, vm, false);
 		break;
 	default:
 		table_op(t);

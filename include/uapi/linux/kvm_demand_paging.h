@@ -117,6 +117,8 @@ struct kdp_info {
 #define KDP_FEATURE_COLLAPSE	(1ULL << 4)
 /* KDP_SOURCE. */
 #define KDP_FEATURE_SOURCE	(1ULL << 5)
+/* KDP_POISON. */
+#define KDP_FEATURE_POISON	(1ULL << 6)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -396,7 +398,8 @@ struct kdp_vcpu_exits {
  *         on shmem no folio of 2 MiB that is aligned like the block, or the
  *         range holds a part of their block only
  * @missing: out: the first page of the range, in a block that is counted in
- *           @incomplete, that is absent or zero; all ones if there is none
+ *           @incomplete, that is absent, zero or poisoned; all ones if there is
+ *           none
  *
  * Have blocks mapped by one entry that are mapped by single pages. A block is
  * what one page table entry can map, 2 MiB, on a memfd of huge pages, or of
@@ -495,6 +498,106 @@ struct kdp_source {
 /* Keep the source, and add ranges to what its file has. */
 #define KDP_SOURCE_ADD	(1U << 0)
 
+/**
+ * struct kdp_poison - ioctl(KDP_POISON)
+ * @size: sizeof(struct kdp_poison)
+ * @flags: KDP_POISON_* flags
+ * @slot_id: the memslot
+ * @cause: KDP_CAUSE_EMULATED or KDP_CAUSE_INHERITED; with KDP_POISON_HEAL 0
+ * @ranges: address of an array of struct kdp_range
+ * @nr_ranges: its length, 1 to max_ranges
+ * @done: out: ranges that were done wholly
+ * @changed: out: pages that this call has poisoned, or healed
+ *
+ * Say that the bytes of pages are lost. They are unmapped from every process
+ * before the call returns, from KVM's guests too, and nobody reads or writes them
+ * any more: a process that touches one gets SIGBUS with si_code BUS_MCEERR_AR,
+ * si_addr in the page and si_addr_lsb 12, as of a memory error of 4 KiB; a vCPU
+ * with exits on, an exit with KDP_EXIT_POISONED; an access in the kernel, EFAULT.
+ * Who waits for such a page goes on, to that. The other pages of its block are
+ * mapped one by one, other blocks as before.
+ *
+ * Poison is beside a page's other state, demand paging on or off: that may change
+ * meanwhile by any call, and counts again when the page is healed. A page that
+ * is poisoned stays so, whatever is poisoned again, and is not counted in
+ * @changed.
+ *
+ * KDP_POISON_HEAL: take the poison away. Before that the caller has put right
+ * bytes there, or made the page absent. Pages that are not poisoned are not
+ * counted.
+ *
+ * @done and @changed are written also when the call fails half-way.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EINVAL: cause is 0 or KDP_CAUSE_HARDWARE, which no call can say, or not 0 with
+ *    KDP_POISON_HEAL; nr_ranges is 0 or above max_ranges; a range is
+ *    empty, overflows or runs past the memslot's end.
+ *  - EHWPOISON: KDP_POISON_HEAL: a page of the range has a bad frame
+ *    (KDP_CAUSE_HARDWARE); nothing of that range is healed.
+ *  - EINTR: a fatal signal arrived; @done ranges are done.
+ *  - ENOMEM: @done ranges are done, and a part of the next.
+ */
+struct kdp_poison {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 cause;
+	__aligned_u64 ranges;
+	__u32 nr_ranges;
+	__u32 done;
+	__u64 changed;
+};
+#define KDP_POISON	_IO(KDP_IOC_TYPE, 0x89)
+
+#define KDP_POISON_HEAL	(1U << 0)
+
+#define KDP_CAUSE_HARDWARE	1	/* a memory error: the frame is bad */
+#define KDP_CAUSE_EMULATED	2	/* a call said so */
+#define KDP_CAUSE_INHERITED	3	/* it was lost where the guest came from */
+
+/**
+ * struct kdp_poisoned - poisoned pages side by side
+ * @first: the index of the first page
+ * @count: how many
+ * @cause: KDP_CAUSE_*
+ * @__reserved: 0
+ */
+struct kdp_poisoned {
+	__u64 first;
+	__u64 count;
+	__u32 cause;
+	__u32 __reserved;
+};
+
+/**
+ * struct kdp_poison_list - ioctl(KDP_POISON_LIST)
+ * @size: sizeof(struct kdp_poison_list)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @count: in: room in the array, 1 to max_ranges; out: entries that were written
+ * @first: in: the page to begin with; out: the page to go on with, nr_pages if
+ *         that was the last entry
+ * @poisoned: address of an array of struct kdp_poisoned
+ *
+ * List the poisoned pages of a memslot, in rising order, with the cause of each.
+ * It is what a VMM hands on with the guest: whoever receives it poisons these
+ * pages with KDP_CAUSE_INHERITED.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EINVAL: count is 0 or above max_ranges; first is above nr_pages.
+ */
+struct kdp_poison_list {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 count;
+	__u64 first;
+	__aligned_u64 poisoned;
+};
+#define KDP_POISON_LIST	_IO(KDP_IOC_TYPE, 0x8a)
+
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and
  * KDP_EXIT_WRITE if the guest wrote.
@@ -508,6 +611,7 @@ struct kdp_source {
 						 * very moment: enter KVM_RUN again,
 						 * nothing else is to be done
 						 */
+#define KDP_EXIT_POISONED	(1ULL << 36)	/* its bytes are lost */
 #define KDP_EXIT_WRITE		(1ULL << 40)
 
 /**

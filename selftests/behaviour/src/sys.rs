@@ -264,6 +264,8 @@ pub enum Touched {
         code: i32,
         /// si_addr.
         address: u64,
+        /// si_addr_lsb, of a memory error.
+        lsb: u8,
     },
 }
 
@@ -307,7 +309,10 @@ extern "C" fn probe_failed(signal: c_int, info: *mut libc::siginfo_t, context: *
             libc::signal(signal, libc::SIG_DFL);
             return;
         }
-        let failed = (signal as u64) | (((*info).si_code as u32 as u64) << 32);
+        // It stands behind si_addr (include/uapi/asm-generic/siginfo.h), and is 0 where it means nothing.
+        let lsb = info.cast::<u8>().add(24).read();
+        let failed =
+            (signal as u64) | (u64::from(lsb) << 8) | (((*info).si_code as u32 as u64) << 32);
         regs[libc::REG_RAX as usize] = (*info).si_addr() as i64;
         regs[libc::REG_RDX as usize] = failed as i64;
         regs[libc::REG_RIP as usize] = kdp_probe_failed as *const () as i64;
@@ -334,9 +339,10 @@ fn touched(probed: &Probed) -> Touched {
         return Touched::Value(probed.value);
     }
     Touched::Signal {
-        signal: probed.failed as u32 as i32,
+        signal: i32::from(probed.failed as u8),
         code: (probed.failed >> 32) as i32,
         address: probed.value,
+        lsb: (probed.failed >> 8) as u8,
     }
 }
 

@@ -113,6 +113,7 @@ impl Vm {
                     continue;
                 }
                 State::Absent | State::Sourced | State::Removed => (),
+                State::Poisoned => return Touched::Failed,
             }
             if self.closed.load(Relaxed) {
                 return Touched::Failed;

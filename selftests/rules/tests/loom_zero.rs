@@ -65,7 +65,7 @@ impl Slot {
             match state {
                 State::Present => return true,
                 State::Zero => self.fill_zero(),
-                State::Absent | State::Sourced | State::Removed => return false,
+                State::Absent | State::Sourced | State::Poisoned | State::Removed => return false,
             }
         }
     }

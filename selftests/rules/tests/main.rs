@@ -17,6 +17,7 @@ mod loom_shards;
 mod loom_wait;
 mod loom_zero;
 mod name;
+mod poison;
 mod poll;
 mod queue;
 mod range;

@@ -4,11 +4,12 @@
 
 use kdp_rules::rules::touch::{decide, State, Toucher, Verdict};
 
-const STATES: [State; 5] = [
+const STATES: [State; 6] = [
     State::Present,
     State::Zero,
     State::Sourced,
     State::Absent,
+    State::Poisoned,
     State::Removed,
 ];
 
@@ -44,6 +45,9 @@ const TABLE: &[(State, &str, Verdict)] = &[
     (State::Present, "* * * *", Verdict::Map),
     (State::Zero, "* * * *", Verdict::FillZero),
     (State::Removed, "* * * *", Verdict::Fail),
+    // Served or not: nobody can.
+    (State::Poisoned, "* E * *", Verdict::Exit),
+    (State::Poisoned, "* e * *", Verdict::Poison),
     // Served or not, exits or not: nobody is asked.
     (State::Sourced, "* * r *", Verdict::Fail),
     (State::Sourced, "* * R N", Verdict::Retry),
@@ -80,7 +84,19 @@ fn the_table_of_the_design() {
         assert_eq!(case.verdict, *verdict, "{state:?} {columns}");
         cases += 1;
     }
-    assert_eq!(cases, 80);
+    assert_eq!(cases, 96);
+}
+
+/// Invariant 5.
+#[test]
+fn a_poisoned_page_is_never_mapped_nor_filled_nor_waited_for() {
+    for case in every_case().filter(|case| case.state == State::Poisoned) {
+        assert!(
+            matches!(case.verdict, Verdict::Exit | Verdict::Poison),
+            "{:?}",
+            case.who
+        );
+    }
 }
 
 /// Invariant 6: fail closed.
@@ -126,7 +142,12 @@ fn a_removed_page_fails() {
 #[test]
 fn who_has_exits_and_nobody_else_exits() {
     for case in every_case() {
-        let exits = case.state == State::Absent && case.served && case.who.exits;
+        let may_exit = match case.state {
+            State::Absent => case.served,
+            State::Poisoned => true,
+            _ => false,
+        };
+        let exits = may_exit && case.who.exits;
         assert_eq!(case.verdict == Verdict::Exit, exits, "{:?}", case.who);
     }
 }

@@ -14,6 +14,8 @@ pub enum Reason {
     SourceError,
     /// It was there, and was unmapped at that very moment: enter KVM_RUN again, nothing else is to be done.
     Retry,
+    /// Its bytes are lost ([`Vm::poison`](crate::Vm::poison), a memory error): tell the guest, as by a machine check.
+    Poisoned,
     /// A reason of a newer module that this crate does not know: the bits 32 to 63 of the flags.
     Unknown(u64),
 }
@@ -52,6 +54,7 @@ impl FaultExit {
             abi::KDP_EXIT_NO_MEMORY => Reason::NoMemory,
             abi::KDP_EXIT_SOURCE_ERROR => Reason::SourceError,
             abi::KDP_EXIT_RETRY => Reason::Retry,
+            abi::KDP_EXIT_POISONED => Reason::Poisoned,
             0 => return None,
             other => Reason::Unknown(other),
         };
@@ -77,6 +80,7 @@ mod tests {
         | abi::KDP_EXIT_NO_MEMORY
         | abi::KDP_EXIT_SOURCE_ERROR
         | abi::KDP_EXIT_RETRY
+        | abi::KDP_EXIT_POISONED
         | abi::KDP_EXIT_WRITE;
 
     #[test]
@@ -90,7 +94,8 @@ mod tests {
         );
         assert_eq!(decode(1 << 34), Some((Reason::SourceError, false)));
         assert_eq!(decode(1 << 35), Some((Reason::Retry, false)));
-        assert_eq!(decode(1 << 36), Some((Reason::Unknown(1 << 36), false)));
+        assert_eq!(decode(1 << 36), Some((Reason::Poisoned, false)));
+        assert_eq!(decode(1 << 37), Some((Reason::Unknown(1 << 37), false)));
         // Never taken for a reason that is known.
         let both = abi::KDP_EXIT_ABSENT | abi::KDP_EXIT_NO_MEMORY;
         assert_eq!(decode(both), Some((Reason::Unknown(both), false)));

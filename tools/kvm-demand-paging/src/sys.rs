@@ -4,7 +4,7 @@ use crate::abi;
 use rustix::{
     fd::{AsFd, FromRawFd, OwnedFd},
     io::Errno,
-    ioctl::{ioctl, Ioctl, IoctlOutput, Opcode},
+    ioctl::{ioctl, Ioctl, IoctlOutput, Opcode, Updater},
 };
 use std::{ffi::c_void, mem};
 
@@ -49,6 +49,7 @@ commands! {
     KDP_VCPU_EXITS kdp_vcpu_exits
     KDP_COLLAPSE kdp_collapse
     KDP_SOURCE kdp_source
+    KDP_POISON kdp_poison
 }
 
 struct Call<'a, T>(&'a mut T);
@@ -77,6 +78,30 @@ pub(crate) fn call<T: Command>(fd: impl AsFd, argument: &mut T) -> Result<(), Er
     // SAFETY: `Call` implements the ioctl as the header defines it; on a file descriptor of another kind
     // it fails with ENOTTY, its type byte being the module's own.
     unsafe { ioctl(fd, Call(argument)) }
+}
+
+/// Run KDP_POISON_LIST from page `first` on; what it found, and the page to go on with.
+pub(crate) fn poison_list(
+    fd: impl AsFd,
+    slot_id: u32,
+    first: u64,
+    room: &mut [abi::kdp_poisoned],
+) -> Result<(&[abi::kdp_poisoned], u64), Errno> {
+    let mut argument = abi::kdp_poison_list {
+        size: mem::size_of::<abi::kdp_poison_list>() as u32,
+        slot_id,
+        count: u32::try_from(room.len()).unwrap_or(u32::MAX),
+        first,
+        poisoned: room.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the ioctl reads and writes the argument, and writes to at most `count` entries of `room`; on a file
+    // descriptor of another kind it fails with ENOTTY.
+    unsafe {
+        let call = Updater::<{ abi::KDP_POISON_LIST as Opcode }, _>::new(&mut argument);
+        ioctl(fd, call)?;
+    }
+    Ok((&room[..argument.count as usize], argument.first))
 }
 
 /// Take over a file descriptor that an ioctl returned, unless it returned none.

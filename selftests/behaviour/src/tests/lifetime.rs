@@ -35,6 +35,7 @@ fn sigbus(slot_guest: *const u64) -> Touched {
         signal: libc::SIGBUS,
         code: BUS_ADRERR,
         address: slot_guest as u64,
+        lsb: 0,
     }
 }
 

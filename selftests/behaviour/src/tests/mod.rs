@@ -24,6 +24,7 @@ mod limit;
 mod notify;
 mod notify_killed;
 mod place;
+mod poison;
 mod prefetch;
 mod scale;
 mod shmem;
@@ -48,6 +49,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         lifetime_shared::TESTS,
         bitmap::TESTS,
         place::TESTS,
+        poison::TESTS,
         huge::TESTS,
         collapse::TESTS,
         shmem::TESTS,

@@ -47,7 +47,7 @@ tests! {
 }
 
 /// A file of these pages, in a version, behind `before` pages of something else. It has no name.
-fn file(dir: &Path, before: u64, pages: u64, version: u64) -> Result<File> {
+pub(super) fn file(dir: &Path, before: u64, pages: u64, version: u64) -> Result<File> {
     let path = dir.join(format!("source-{}-{version}", sys::gettid()));
     let file = OpenOptions::new()
         .read(true)
@@ -68,7 +68,7 @@ fn write(file: &File, before: u64, pages: u64, version: u64) -> Result {
 }
 
 /// A folder in memory.
-fn tmp() -> &'static Path {
+pub(super) fn tmp() -> &'static Path {
     Path::new("/dev/shm")
 }
 

@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages whose bytes are lost: invariant 5, a poisoned page is never mapped, at any size, by anyone, until it is
+//! healed.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use kdp_vmm::{Order, Touch};
+use kvm_demand_paging::{
+    abi, Backing, Cause, FaultExit, PageRange, Paging, Poisoned, Reason, State,
+};
+
+use super::source::{file, tmp};
+use crate::check::Result;
+use crate::content;
+use crate::guest;
+use crate::harness::rounds;
+use crate::slot::{Slot, BACKINGS, BLOCK, GPA, ID, PAGE, WINDOW};
+use crate::sys::{self, Child, Touched};
+use crate::tables::kvm_pages;
+use crate::task::{Task, PATIENCE};
+
+tests! {
+    "poison-touch-is-a-machine-check" => touch_is_a_machine_check,
+    "poison-system-call-fails" => system_call_fails,
+    "poison-vcpu-exits" => vcpu_exits,
+    "poison-vcpu-without-exits-fails" => vcpu_without_exits_fails,
+    "poison-in-every-process" => in_every_process,
+    "poison-wakes-who-waits" => wakes_who_waits,
+    "poison-never-mapped-shmem" => || never_mapped(Backing::Shmem),
+    "poison-never-mapped-hugetlb" => || never_mapped(Backing::Huge2M),
+    "poison-splits-only-its-block" => splits_only_its_block,
+    "poison-splits-only-its-block-for-guests" => splits_only_its_block_for_guests,
+    "poison-healed-block-is-huge-again" => healed_block_is_huge_again,
+    "poison-is-beside-the-other-state" => beside_the_other_state,
+    "poison-healed-zero-page-is-zeros" => healed_zero_page_is_zeros,
+    "poison-of-a-sourced-page" => of_a_sourced_page,
+}
+
+fn poison(slot: &Slot, page: u64) -> Result {
+    let marked = slot
+        .vm
+        .poison(ID, &[PageRange::page(page)], Cause::Emulated)?;
+    ensure_eq!(marked.changed, 1, "pages poisoned");
+    Ok(())
+}
+
+fn heal(slot: &Slot, page: u64) -> Result {
+    let marked = slot.vm.heal(ID, &[PageRange::page(page)])?;
+    ensure_eq!(marked.changed, 1, "pages healed");
+    Ok(())
+}
+
+/// What an access to a lost page is: a memory error of 4 KiB.
+fn lost(at: *const u64) -> Touched {
+    /// Hardware memory error consumed on a machine check: action required.
+    const BUS_MCEERR_AR: i32 = 4;
+    Touched::Signal {
+        signal: libc::SIGBUS,
+        code: BUS_MCEERR_AR,
+        address: at as u64,
+        lsb: 12,
+    }
+}
+
+/// A memslot whose pages are all there, in this version.
+fn present(backing: Backing, pages: u64, paging: Paging) -> Result<Arc<Slot>> {
+    let slot = Slot::new(backing, pages)?;
+    for page in 0..pages {
+        slot.fill(page, 1)?;
+    }
+    slot.vm.set_paging(ID, paging)?;
+    Ok(slot)
+}
+
+/// Whoever reads or writes a lost page from user mode; the pages beside it are as before. Demand paging may be off.
+fn touch_is_a_machine_check() -> Result {
+    for (backing, pages) in BACKINGS {
+        for paging in [Paging::Off, Paging::OnPresent] {
+            let slot = present(backing, pages, paging)?;
+            let page = pages / 2 + 5;
+            slot.check(page, 1)?;
+            poison(&slot, page)?;
+            let at = slot.address(page);
+            ensure_eq!(sys::load(at), lost(at), "a read");
+            // SAFETY: it is guest memory.
+            ensure_eq!(unsafe { sys::store(at, 1) }, lost(at), "a write");
+            let last = at.wrapping_add(PAGE as usize / 8 - 1);
+            ensure_eq!(sys::load(last), lost(last), "a read of the last word");
+            for page in (0..pages).filter(|&other| other != page) {
+                slot.check(page, 1)?;
+            }
+            ensure_eq!(slot.counter("poisoned-touches")?, 3, "touches counted");
+            slot.no_event()?;
+            heal(&slot, page)?;
+            slot.check(page, 1)?;
+        }
+    }
+    Ok(())
+}
+
+/// A copy in the kernel fails, and is no end of anybody.
+fn system_call_fails() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = present(backing, pages, Paging::OnPresent)?;
+        let (reader, writer) = sys::pipe()?;
+        poison(&slot, 7)?;
+        let write = sys::write_from(writer.as_fd(), slot.address(7).cast(), 8);
+        ensure_eq!(
+            write.map_err(|e| e.raw_os_error()),
+            Err(Some(libc::EFAULT)),
+            "write(2) from a lost page"
+        );
+        sys::write_from(writer.as_fd(), slot.address(6).cast(), 8)?;
+        // SAFETY: it is guest memory.
+        let read = unsafe { sys::read_to(reader.as_fd(), slot.address(7).cast(), 8) };
+        ensure_eq!(
+            read.map_err(|e| e.raw_os_error()),
+            Err(Some(libc::EFAULT)),
+            "read(2) to a lost page"
+        );
+        heal(&slot, 7)?;
+        slot.check(7, 1)?;
+    }
+    Ok(())
+}
+
+/// A vCPU with exits on is told, each time it tries; once the page is healed it goes on.
+fn vcpu_exits() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = present(backing, pages, Paging::OnPresent)?;
+        let machine = slot.machine()?;
+        poison(&slot, 9)?;
+        let mut vcpu = machine.vcpu(0, &guest::peek(&[8, 9, 10]))?;
+        let exiting = slot.clone();
+        let task = Task::work(move || -> Result<_> {
+            exiting.vm.set_vcpu_exits(true)?;
+            let mut exits = 0;
+            guest::run(&mut vcpu, |fault| {
+                ensure_eq!(
+                    (fault.gpa, fault.flags),
+                    (guest::gpa(9), abi::KDP_EXIT_POISONED),
+                    "the exit"
+                );
+                let exit = FaultExit::decode(fault.flags, fault.gpa, fault.size);
+                ensure_eq!(
+                    exit.map(|exit| exit.reason),
+                    Some(Reason::Poisoned),
+                    "the exit, decoded"
+                );
+                exits += 1;
+                if exits == 3 {
+                    heal(&exiting, 9)?;
+                }
+                Ok(())
+            })
+        })?;
+        let ran = task.join("the vCPU")?;
+        ensure_eq!(ran.faults.len(), 3, "exits");
+        let words = [8, 9, 10].map(|page| content::word(page, 1, 0));
+        ensure_eq!(ran.reports, words, "what the guest read");
+        ensure_eq!(slot.counter("exits")?, 3, "exits counted");
+    }
+    Ok(())
+}
+
+/// A vCPU whose thread did not ask never gets at the page: KVM_RUN fails.
+fn vcpu_without_exits_fails() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = present(backing, pages, Paging::Off)?;
+        let machine = slot.machine()?;
+        poison(&slot, 9)?;
+        let mut vcpu = machine.vcpu(0, &guest::peek(&[9]))?;
+        for _ in 0..3 {
+            let failed = vcpu.run().map_err(|e| e.to_string());
+            ensure!(
+                matches!(&failed, Err(e) if e.contains("Bad address")),
+                "KVM_RUN came to {failed:x?}"
+            );
+        }
+        heal(&slot, 9)?;
+        let ran = guest::run(&mut vcpu, guest::no_fault)?;
+        ensure_eq!(ran.reports, [content::word(9, 1, 0)], "what the guest read");
+    }
+    Ok(())
+}
+
+/// Two processes that map the memslot lose the same page, whoever said so.
+fn in_every_process() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = present(backing, pages, Paging::Off)?;
+        let page = pages - 3;
+        slot.check(page, 1)?;
+        let other = slot.clone();
+        let (told, tell) = sys::pipe()?;
+        let (answered, answer) = sys::pipe()?;
+        let mut child = Child::fork(move || {
+            let mut byte = 0_u8;
+            other.check(page, 1)?;
+            sys::write_from(answer.as_fd(), [1_u8].as_ptr(), 1)?;
+            // SAFETY: the byte is this process's own.
+            unsafe { sys::read_to(told.as_fd(), &mut byte, 1)? };
+            let at = other.address(page);
+            ensure_eq!(sys::load(at), lost(at), "a read of the other process");
+            other.check(page - 1, 1)
+        })?;
+        let mut byte = 0_u8;
+        // SAFETY: the byte is this process's own.
+        unsafe { sys::read_to(answered.as_fd(), &mut byte, 1)? };
+        poison(&slot, page)?;
+        sys::write_from(tell.as_fd(), [1_u8].as_ptr(), 1)?;
+        child.join(PATIENCE)?;
+        let at = slot.address(page);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+    }
+    Ok(())
+}
+
+/// Who waits for an absent page learns that its bytes will not come.
+fn wakes_who_waits() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let page = pages - 1;
+        let mut waiting = slot.toucher(page)?;
+        ensure_eq!(slot.event()?.page, page, "the event's page");
+        waiting.still_waits("a thread")?;
+        poison(&slot, page)?;
+        let at = slot.address(page);
+        ensure_eq!(waiting.join("who waits")?, lost(at), "what it got");
+        // Nor does anybody wait for it any more.
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        slot.no_event()?;
+        heal(&slot, page)?;
+        let waiting = slot.checker(page, 2)?;
+        ensure_eq!(slot.event()?.page, page, "the event's page");
+        slot.place(page, 2)?;
+        waiting.join("who waits for the healed page")?;
+    }
+    Ok(())
+}
+
+/// Threads read without a pause while a page is poisoned and healed again and again, its block mapped by one entry in
+/// between: nobody gets at it between the end of the one call and the beginning of the other.
+fn never_mapped(backing: Backing) -> Result {
+    const HEALTHY: u64 = 0;
+    const POISONED: u64 = 1;
+    const STOP: u64 = 2;
+    let slot = present(backing, BLOCK, Paging::OnPresent)?;
+    let page = 300;
+    // Odd while the page is poisoned, and the low bits of what is going on above it.
+    let phase = Arc::new(AtomicU64::new(HEALTHY));
+    let mut tasks = Vec::new();
+    for number in 0..3_u64 {
+        let (slot, phase) = (slot.clone(), phase.clone());
+        tasks.push(Task::work(move || -> Result<(u64, u64)> {
+            let at = slot.address(page);
+            let (mut reads, mut losses) = (0, 0);
+            loop {
+                let before = phase.load(Ordering::Acquire);
+                if before == STOP {
+                    return Ok((reads, losses));
+                }
+                let touched = sys::load(at);
+                let after = phase.load(Ordering::Acquire);
+                match touched {
+                    Touched::Value(word) => {
+                        ensure_eq!(word, content::word(page, 1, 0), "what was read");
+                        let throughout = before == after && before & 1 == POISONED;
+                        ensure!(!throughout, "thread {number} has read a poisoned page");
+                        reads += 1;
+                    }
+                    other => {
+                        ensure_eq!(other, lost(at), "what thread {number} got");
+                        losses += 1;
+                    }
+                }
+                // A neighbour, so that the block is mapped in every way.
+                slot.check((page + 1 + number) % BLOCK, 1)?;
+            }
+        })?);
+    }
+    for round in 1..=rounds(400) {
+        poison(&slot, page)?;
+        phase.store((round << 2) | POISONED, Ordering::Release);
+        let at = slot.address(page);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        phase.store(round << 2, Ordering::Release);
+        heal(&slot, page)?;
+        slot.check(page, 1)?;
+    }
+    phase.store(STOP, Ordering::Release);
+    let (mut reads, mut losses) = (0, 0);
+    for task in tasks {
+        let (read, lost) = task.join("a reader")?;
+        reads += read;
+        losses += lost;
+    }
+    ensure!(
+        reads > 0 && losses > 0,
+        "{reads} reads, {losses} losses: the readers have not seen both"
+    );
+    Ok(())
+}
+
+fn faults(slot: &Slot) -> Result<(u64, u64)> {
+    Ok((slot.counter("faults")?, slot.counter("faults-huge")?))
+}
+
+/// The block of a lost page is mapped page by page, the blocks beside it by one entry as before.
+fn splits_only_its_block() -> Result {
+    const BLOCKS: u64 = 4;
+    let pages = BLOCKS * BLOCK;
+    for paging in [Paging::Off, Paging::OnPresent] {
+        let slot = present(Backing::Huge2M, pages, paging)?;
+        for page in 0..pages {
+            slot.check(page, 1)?;
+        }
+        ensure_eq!(faults(&slot)?, (0, BLOCKS), "faults when all is healthy");
+        let page = BLOCK + 200;
+        poison(&slot, page)?;
+        for page in (0..pages).filter(|&other| other != page) {
+            slot.check(page, 1)?;
+        }
+        ensure_eq!(
+            faults(&slot)?,
+            // A fault maps a page's neighbours, too.
+            (BLOCK / WINDOW, BLOCKS),
+            "faults when one page is lost"
+        );
+        let at = slot.address(page);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        let report = slot.vm.collapse(ID, PageRange::new(0, pages))?;
+        ensure_eq!(
+            (report.incomplete, report.missing),
+            (BLOCK, Some(page)),
+            "what KDP_COLLAPSE says of the block"
+        );
+    }
+    Ok(())
+}
+
+/// The same in KVM's stage-2.
+fn splits_only_its_block_for_guests() -> Result {
+    const BLOCKS: u64 = 4;
+    let pages = BLOCKS * BLOCK;
+    let slot = present(Backing::Huge2M, pages, Paging::Off)?;
+    let machine = slot.machine()?;
+    let before = kvm_pages()?;
+    let guest_reads = |number: u64, from: u64, count: u64| -> Result {
+        let touch = Touch::new(GPA, Order::sequential(count)).first(from);
+        let mut vcpu = machine.vcpu(number, &touch.program())?;
+        guest::run(&mut vcpu, guest::no_fault).map(drop)
+    };
+    guest_reads(0, 0, pages)?;
+    ensure_eq!(kvm_pages()?.1 - before.1, BLOCKS, "entries of 2 MiB");
+    let page = 2 * BLOCK + 100;
+    poison(&slot, page)?;
+    ensure_eq!(
+        kvm_pages()?.1 - before.1,
+        BLOCKS - 1,
+        "entries of 2 MiB, once the page is lost"
+    );
+    guest_reads(1, 0, page)?;
+    guest_reads(2, page + 1, pages - page - 1)?;
+    ensure_eq!(
+        kvm_pages()?.1 - before.1,
+        BLOCKS - 1,
+        "entries of 2 MiB, all healthy pages read"
+    );
+    heal(&slot, page)?;
+    // The first time finds that all is whole, and has all of it mapped anew.
+    guest_reads(3, 0, pages)?;
+    guest_reads(4, 0, pages)?;
+    ensure_eq!(
+        kvm_pages()?.1 - before.1,
+        BLOCKS,
+        "entries of 2 MiB, once the page is healed"
+    );
+    Ok(())
+}
+
+/// Once the last lost page of a block is healed it is mapped by one entry again.
+fn healed_block_is_huge_again() -> Result {
+    let slot = present(Backing::Huge2M, 2 * BLOCK, Paging::OnPresent)?;
+    let lost = [PageRange::new(10, 3), PageRange::page(400)];
+    slot.vm.poison(ID, &lost, Cause::Inherited)?;
+    for page in (0..2 * BLOCK).filter(|page| !(10..13).contains(page) && *page != 400) {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(slot.counter("faults-huge")?, 1, "faults of blocks");
+    ensure_eq!(
+        slot.vm.poisoned(ID)?,
+        lost.map(|range| Poisoned {
+            range,
+            cause: Cause::Inherited,
+        }),
+        "the list"
+    );
+    slot.vm.heal(ID, &lost[..1])?;
+    slot.check(11, 1)?;
+    ensure_eq!(slot.counter("faults-huge")?, 1, "faults of blocks");
+    ensure_eq!(slot.counter("collapses")?, 0, "ranges mapped anew");
+    slot.vm.heal(ID, &[PageRange::new(0, 2 * BLOCK)])?;
+    for page in (0..2 * BLOCK).chain(0..2 * BLOCK) {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(slot.counter("collapses")?, 1, "ranges mapped anew");
+    // The healed one, and the other one, which was mapped anew with it.
+    ensure_eq!(slot.counter("faults-huge")?, 3, "faults of blocks, healed");
+    ensure_eq!(slot.vm.poisoned(ID)?, [], "the list");
+    Ok(())
+}
+
+/// What else becomes of a lost page counts when it is healed, and not before.
+fn beside_the_other_state() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = present(backing, pages, Paging::OnPresent)?;
+        let at = slot.address(3);
+        poison(&slot, 3)?;
+        slot.mark(State::Absent, 3)?;
+        ensure_eq!(sys::load(at), lost(at), "a read of a lost, absent page");
+        slot.place(3, 2)?;
+        ensure_eq!(sys::load(at), lost(at), "a read of a lost, placed page");
+        slot.vm.set_paging(ID, Paging::Off)?;
+        ensure_eq!(sys::load(at), lost(at), "a read, with demand paging off");
+        slot.vm.set_paging(ID, Paging::On)?;
+        ensure_eq!(sys::load(at), lost(at), "a read, with demand paging on");
+        slot.no_event()?;
+        slot.place(3, 3)?;
+        heal(&slot, 3)?;
+        slot.check(3, 3)?;
+    }
+    Ok(())
+}
+
+/// A page that is known to hold nothing is filled with zeros when paging goes off, lost or not: whoever heals it finds
+/// no bytes of the past.
+fn healed_zero_page_is_zeros() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        slot.fill(5, 1)?;
+        slot.mark(State::Zero, 5)?;
+        poison(&slot, 5)?;
+        let at = slot.address(5);
+        ensure_eq!(sys::load(at), lost(at), "a read of a lost, zero page");
+        slot.vm.set_paging(ID, Paging::Off)?;
+        ensure_eq!(sys::load(at), lost(at), "a read, with demand paging off");
+        heal(&slot, 5)?;
+        ensure_eq!(slot.words(5)?, [0; content::WORDS], "the healed page");
+    }
+    Ok(())
+}
+
+/// A page that is lost is not read from its source, until it is healed.
+fn of_a_sourced_page() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let file = file(tmp(), 0, pages, 4)?;
+        slot.vm.set_source(ID, &file, 0, None)?;
+        poison(&slot, 6)?;
+        let at = slot.address(6);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        for page in (0..pages).filter(|&page| page != 6) {
+            slot.check(page, 4)?;
+        }
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        heal(&slot, 6)?;
+        slot.check(6, 4)?;
+    }
+    Ok(())
+}
