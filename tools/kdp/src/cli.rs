@@ -4,7 +4,7 @@ use crate::units;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use kvm_demand_paging::{
     source::{Address, Location},
-    Backing,
+    Backing, PageRange,
 };
 use std::path::PathBuf;
 
@@ -35,6 +35,9 @@ pub enum Command {
     Keep(KeepArgs),
     Kept(KeptArgs),
     Stat(StatArgs),
+    Poison(PoisonArgs),
+    Heal(HealArgs),
+    List(ListArgs),
     #[command(hide = true)]
     Man(ManArgs),
 }
@@ -199,6 +202,58 @@ pub struct StatArgs {
     /// Where /proc is
     #[arg(long, value_name = "DIR", default_value = "/proc", hide = true)]
     pub proc: PathBuf,
+}
+
+/// A memslot of a VM that another process has open
+#[derive(Args)]
+pub struct VmArgs {
+    /// The process
+    #[arg(long, value_name = "PID")]
+    pub pid: u32,
+    /// Its descriptor of the VM, if it has more than one open
+    #[arg(long, value_name = "N")]
+    pub fd: Option<u32>,
+    /// The memslot, by its id in the VM
+    #[arg(long, value_name = "ID", default_value = "0")]
+    pub slot: u32,
+}
+
+/// Say that the bytes of pages are lost, 4 KiB each
+///
+/// Whoever touches such a page gets what an access to bad memory gets: a process SIGBUS (BUS_MCEERR_AR), a vCPU with exits on
+/// an exit. 'kdp heal' takes it back. For tests, and for a guest that lost pages where it came from.
+#[derive(Args)]
+pub struct PoisonArgs {
+    #[command(flatten)]
+    pub vm: VmArgs,
+    /// They were lost where the guest came from
+    #[arg(long)]
+    pub inherited: bool,
+    /// A page of the memslot, or that page and those after it
+    #[arg(value_name = "PAGE[+COUNT]", required = true, value_parser = units::pages)]
+    pub pages: Vec<PageRange>,
+}
+
+/// Take the poison from pages whose memory is good
+///
+/// Before that, put right bytes there, or make the pages absent.
+#[derive(Args)]
+pub struct HealArgs {
+    #[command(flatten)]
+    pub vm: VmArgs,
+    /// A page of the memslot, or that page and those after it
+    #[arg(value_name = "PAGE[+COUNT]", required = true, value_parser = units::pages)]
+    pub pages: Vec<PageRange>,
+}
+
+/// List the poisoned pages of a memslot, with the cause of each
+#[derive(Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    pub vm: VmArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Write the man pages into a folder

@@ -6,6 +6,7 @@ mod fdinfo;
 mod handle;
 mod keep;
 mod man;
+mod poison;
 mod ready;
 mod restore;
 mod serve;
@@ -39,6 +40,9 @@ fn main() -> ExitCode {
         Command::Keep(args) => keep::run(&args),
         Command::Kept(args) => keep::kept(&args),
         Command::Stat(args) => stat::run(&args),
+        Command::Poison(args) => poison::poison(&args),
+        Command::Heal(args) => poison::heal(&args),
+        Command::List(args) => poison::list(&args),
         Command::Man(args) => man::run(&args),
     };
     match result {

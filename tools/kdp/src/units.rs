@@ -1,5 +1,6 @@
 //! Numbers of bytes and paths of sockets, as people write them.
 
+use kvm_demand_paging::PageRange;
 use std::path::PathBuf;
 
 /// Reads a number of bytes: `4096`, `64K`, `128M`, `2G` or `1T`, in powers of 1024.
@@ -44,6 +45,17 @@ pub fn layout(text: &str) -> Result<(u32, u64), String> {
     Ok((slot.parse().map_err(|_| wrong())?, offset))
 }
 
+/// Reads `PAGE` or `PAGE+COUNT`: pages of a memslot.
+pub fn pages(text: &str) -> Result<PageRange, String> {
+    let (first, count) = text.split_once('+').unwrap_or((text, "1"));
+    match (first.parse(), count.parse()) {
+        (Ok(first), Ok(count)) if count > 0 => Ok(PageRange::new(first, count)),
+        _ => Err(format!(
+            "'{text}' names no pages: write PAGE or PAGE+COUNT, like 7 or 512+20"
+        )),
+    }
+}
+
 /// A number of bytes with a unit.
 pub fn human(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
@@ -65,6 +77,15 @@ pub fn human(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_of_a_memslot() {
+        assert_eq!(pages("7"), Ok(PageRange::page(7)));
+        assert_eq!(pages("512+20"), Ok(PageRange::new(512, 20)));
+        for bad in ["", "x", "7+", "+7", "7+0", "-1", "1+2+3"] {
+            assert!(pages(bad).unwrap_err().contains(bad), "{bad}");
+        }
+    }
 
     #[test]
     fn numbers() {

@@ -200,6 +200,13 @@ fn failures_are_one_line_that_names_the_value_and_the_next_step() {
     ]);
     assert!(unreachable.contains("file descriptor 0"), "{unreachable}");
 
+    let own = std::process::id().to_string();
+    assert!(complaint(&["list", "--pid", &own]).contains("has no VM open"));
+    assert!(complaint(&["heal", "--pid", &own, "--fd", "1", "7"]).contains("descriptor 1"));
+    assert!(complaint(&["poison", "--pid", "4000000000", "7"]).contains("4000000000"));
+
+    let wrong = kdp(&["poison", "--pid", "1", "7+0"]);
+    assert_eq!(wrong.status.code(), Some(2));
     let wrong = kdp(&["handle", "--source", "nonsense"]);
     assert_eq!(wrong.status.code(), Some(2));
 }
@@ -238,6 +245,9 @@ fn every_command_has_a_man_page() {
         "kdp-keep",
         "kdp-kept",
         "kdp-stat",
+        "kdp-poison",
+        "kdp-heal",
+        "kdp-list",
     ] {
         let page = fs::read_to_string(man.join(format!("{name}.1"))).unwrap();
         assert!(page.contains(".SH SYNOPSIS"), "{name}");

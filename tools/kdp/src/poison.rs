@@ -1,0 +1,147 @@
+//! `kdp poison`, `kdp heal` and `kdp list`: pages whose bytes are lost.
+
+use crate::{
+    cli::{HealArgs, ListArgs, PoisonArgs, VmArgs},
+    failure::{Context, Failure},
+    fdinfo::{scan, Kind},
+};
+use kvm_demand_paging::{Cause, Poisoned, Vm};
+use rustix::process::{pidfd_getfd, pidfd_open, Pid, PidfdFlags, PidfdGetfdFlags};
+use serde_json::json;
+use std::path::Path;
+
+pub fn poison(args: &PoisonArgs) -> Result<(), Failure> {
+    let cause = if args.inherited {
+        Cause::Inherited
+    } else {
+        Cause::Emulated
+    };
+    let changed = vm_of(&args.vm)?
+        .poison(args.vm.slot, &args.pages, cause)?
+        .changed;
+    println!("{changed} pages poisoned");
+    Ok(())
+}
+
+pub fn heal(args: &HealArgs) -> Result<(), Failure> {
+    let changed = vm_of(&args.vm)?.heal(args.vm.slot, &args.pages)?.changed;
+    println!("{changed} pages healed");
+    Ok(())
+}
+
+pub fn list(args: &ListArgs) -> Result<(), Failure> {
+    let poisoned = vm_of(&args.vm)?.poisoned(args.vm.slot)?;
+    if args.json {
+        println!("{}", json(&poisoned));
+    } else {
+        print!("{}", table(&poisoned));
+    }
+    Ok(())
+}
+
+fn name(cause: Cause) -> String {
+    match cause {
+        Cause::Hardware => "hardware".to_owned(),
+        Cause::Emulated => "emulated".to_owned(),
+        Cause::Inherited => "inherited".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+fn json(poisoned: &[Poisoned]) -> serde_json::Value {
+    poisoned
+        .iter()
+        .map(|run| {
+            json!({
+                "first": run.range.first,
+                "count": run.range.count,
+                "cause": name(run.cause),
+            })
+        })
+        .collect()
+}
+
+fn table(poisoned: &[Poisoned]) -> String {
+    if poisoned.is_empty() {
+        return "no poisoned pages\n".to_owned();
+    }
+    let mut text = format!("{:>12}  {:>12}  CAUSE\n", "FIRST PAGE", "PAGES");
+    for run in poisoned {
+        text += &format!(
+            "{:>12}  {:>12}  {}\n",
+            run.range.first,
+            run.range.count,
+            name(run.cause)
+        );
+    }
+    text
+}
+
+/// The VM that a process has open: its only one, or the one of a descriptor.
+fn vm_of(args: &VmArgs) -> Result<Vm, Failure> {
+    let pid = args.pid;
+    let scan = scan(Path::new("/proc"), Some(pid))?;
+    let vms = scan.entries.iter().filter(|entry| entry.kind == Kind::Vm);
+    let fds: Vec<u32> = vms.map(|entry| entry.fd).collect();
+    let fd = match (args.fd, fds.as_slice()) {
+        (Some(fd), fds) if fds.contains(&fd) => fd,
+        (Some(fd), _) => {
+            return Err(Failure::Other(format!(
+                "descriptor {fd} of process {pid} is no VM: 'kdp stat {pid}' lists those that are"
+            )))
+        }
+        (None, &[fd]) => fd,
+        (None, []) => {
+            return Err(Failure::Other(format!(
+                "process {pid} has no VM open: 'kdp stat' lists the processes that have"
+            )))
+        }
+        (None, fds) => {
+            return Err(Failure::Other(format!(
+                "process {pid} has {} VMs open: choose one of the descriptors {fds:?} with --fd",
+                fds.len()
+            )))
+        }
+    };
+    let wrong = || Failure::Other(format!("{pid} is no process"));
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(wrong)?;
+    let process = pidfd_open(pid, PidfdFlags::empty())
+        .on(format_args!("cannot open process {}", args.pid))?;
+    let fd = pidfd_getfd(process, fd as i32, PidfdGetfdFlags::empty()).on(format_args!(
+        "cannot take descriptor {fd} from process {} (it takes root, or the right to trace the process)",
+        args.pid
+    ))?;
+    Ok(Vm::from_fd(fd)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_demand_paging::PageRange;
+
+    #[test]
+    fn a_list_for_people_and_for_programs() {
+        let poisoned = [
+            Poisoned {
+                range: PageRange::new(7, 1),
+                cause: Cause::Hardware,
+            },
+            Poisoned {
+                range: PageRange::new(512, 20),
+                cause: Cause::Inherited,
+            },
+        ];
+        assert_eq!(
+            table(&poisoned),
+            "  FIRST PAGE         PAGES  CAUSE\n           7             1  hardware\n         512            20  inherited\n"
+        );
+        assert_eq!(table(&[]), "no poisoned pages\n");
+        assert_eq!(
+            json(&poisoned).to_string(),
+            r#"[{"cause":"hardware","count":1,"first":7},{"cause":"inherited","count":20,"first":512}]"#
+        );
+    }
+}
