@@ -4,6 +4,9 @@
 
 #include "model.h"
 
+/* Of the ioctls that there are, from 0x80 on. */
+#define LAST_NR	_IOC_NR(KDP_POISON_LIST)
+
 static __u64 mark_one(struct mslot *s, __u64 page, __u32 state)
 {
 	bool was_present = s->state[page] == KDP_STATE_PRESENT;
@@ -331,17 +334,18 @@ static void op_junk(struct model *m)
 {
 	struct mslot *s = any_slot(m, LIFE_ORPHAN);
 	int vm = pick(&m->r, NR_VMS);
+	unsigned int known = 0x80 + pick(&m->r, LAST_NR - 0x7f);
 	__u64 junk[32];
 	unsigned int cmd;
 
 	for (size_t i = 0; i < ARRAY_SIZE(junk); i++)
 		junk[i] = nasty(&m->r);
-	cmd = chance(&m->r, 50) ? _IO(KDP_IOC_TYPE, 0x89 + pick(&m->r, 0x77)) :
-		_IOWR(KDP_IOC_TYPE, 0x80 + pick(&m->r, 9), struct kdp_mark);
+	cmd = chance(&m->r, 50) ? _IO(KDP_IOC_TYPE, LAST_NR + 1 + pick(&m->r, 0xff - LAST_NR)) :
+		_IOWR(KDP_IOC_TYPE, known, struct kdp_mark);
 	log_op(&m->log, "junk", vm, cmd, 0, 0, 0);
 	if (kdp_ioctl(m->vm[vm], cmd, junk) != ENOTTY)
 		model_fail(m, "an unknown ioctl %#x: %s", cmd, strerror(errno));
-	if (s && kdp_ioctl(s->fd, _IO(KDP_IOC_TYPE, 0x80 + pick(&m->r, 9)), junk) != ENOTTY)
+	if (s && kdp_ioctl(s->fd, _IO(KDP_IOC_TYPE, known), junk) != ENOTTY)
 		model_fail(m, "an ioctl on a memslot: %s", strerror(errno));
 }
 
