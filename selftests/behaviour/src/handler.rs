@@ -25,6 +25,9 @@ impl Handler {
         slot: &Arc<Slot>,
         mut serve: impl FnMut(&Event) -> Result + Send + 'static,
     ) -> Result<Self> {
+        // Between its look and its read an event may go: to another reader, or with its waiter. Then it would wait for
+        // one that may never come.
+        slot.vm.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
         let events = Arc::new(AtomicU64::new(0));
         let (slot, stopped, counted) = (slot.clone(), stop.clone(), events.clone());
@@ -34,7 +37,6 @@ impl Handler {
                 if !slot.vm.wait_event(Some(Duration::from_millis(10)))? {
                     continue;
                 }
-                // Another reader may have been faster.
                 events.clear();
                 match slot.vm.read_events(&mut events, 16) {
                     Err(e) if e.errno() == Some(libc::EAGAIN) => {}
