@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use crate::check::{Fail, Result};
-use crate::{stuck, sys};
+use crate::{emulator, stuck, sys};
 
 /// A test.
 pub struct Test {
@@ -53,20 +53,14 @@ fn limit() -> Duration {
 /// How often a test may lose its guest to the emulator.
 const TRIES: u32 = 4;
 
-/// Whether a guest died of QEMU, not of us.
-///
-/// QEMU's emulation of SVM loses guest state once in some 100,000 world switches, the more the more threads of vCPUs
-/// share a CPU: the traced vCPU goes on at an address of its host's kernel (kvm_exit's rip, 0xffffffffa0087aac in
-/// kvm_amd) and takes a triple fault. It happens on userfaultfd without our module, too.
-fn lost_by_emulator(outcome: &Outcome, output: &str) -> bool {
-    let emulated = fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG"));
-    emulated && matches!(outcome, Outcome::Failed(_)) && output.contains("triple fault")
-}
+/// How often a test that takes long is asked whether it has lost its guest. Most tests have ended before.
+const LOOK: Duration = Duration::from_secs(20);
 
 enum Outcome {
     Passed,
     Skipped(String),
     Failed(String),
+    Lost(String),
 }
 
 /// Runs the tests in this order.
@@ -80,10 +74,15 @@ pub fn run(tests: &[&Test]) -> ExitCode {
         let outcome = loop {
             let outcome =
                 run_one(test, &mut output).unwrap_or_else(|e| Outcome::Failed(e.to_string()));
-            if tries == TRIES || !lost_by_emulator(&outcome, &output) {
+            let how = match &outcome {
+                Outcome::Lost(how) => how,
+                Outcome::Failed(_) if emulator::ended_a_guest(&output) => "it took a triple fault",
+                _ => break outcome,
+            };
+            if tries == TRIES {
                 break outcome;
             }
-            output.push_str("QEMU has lost the guest: once more\n");
+            output.push_str(&format!("QEMU has lost the guest ({how}): once more\n"));
             tries += 1;
         };
         for line in output.lines() {
@@ -96,7 +95,7 @@ pub fn run(tests: &[&Test]) -> ExitCode {
                 start.elapsed().as_millis()
             ),
             Outcome::Skipped(why) => println!("ok {number} {} # SKIP {why}", test.name),
-            Outcome::Failed(why) => {
+            Outcome::Failed(why) | Outcome::Lost(why) => {
                 failed += 1;
                 for line in why.lines() {
                     println!("# {line}");
@@ -122,11 +121,23 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
     let deadline = Instant::now() + limit();
     let mut bytes = Vec::new();
     let mut stuck = None;
+    let mut lost = None;
+    let mut next_look = Instant::now() + LOOK;
     let ended = loop {
         drain(&out, &mut bytes, Duration::from_millis(5))?;
         match child.wait(Duration::ZERO) {
             Ok(ended) => break Some(ended),
-            Err(_) if Instant::now() < deadline => {}
+            Err(_) if Instant::now() < deadline => {
+                if Instant::now() > next_look {
+                    lost = emulator::lost_guest();
+                    next_look = Instant::now() + LOOK;
+                }
+                if lost.is_some() {
+                    // SAFETY: it names the child's group.
+                    unsafe { libc::kill(-child.pid(), libc::SIGKILL) };
+                    break child.wait(Duration::from_secs(20)).ok();
+                }
+            }
             Err(_) => {
                 stuck = Some(format!(
                     "{}\n{}",
@@ -145,6 +156,9 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
     drain(&out, &mut bytes, Duration::ZERO)?;
     output.push_str(&String::from_utf8_lossy(&bytes));
 
+    if let Some(how) = lost {
+        return Ok(Outcome::Lost(how));
+    }
     Ok(match (stuck, ended) {
         (Some(threads), ended) => Outcome::Failed(format!(
             "it did not end within {:?}{}; its threads were:\n{threads}",

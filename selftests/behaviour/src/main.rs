@@ -12,6 +12,7 @@
 #[macro_use]
 mod check;
 mod content;
+mod emulator;
 mod guest;
 mod handler;
 mod harness;

@@ -53,24 +53,31 @@ pub fn threads_of(pid: impl std::fmt::Display) -> String {
 
 /// What KVM's and the module's tracepoints see in a moment.
 pub fn trace_of_kvm() -> String {
-    let set = |file: &str, text: &str| fs::write(format!("{TRACING}/{file}"), text);
-    let systems = ["kvm", "kvm_demand_paging"];
-    let switch = |on: &str| {
-        for system in systems {
-            // One that is not there has nothing to tell.
-            let _ = set(&format!("events/{system}/enable"), on);
-        }
-    };
-    let _ = set("trace", "");
-    switch("1");
-    thread::sleep(WATCHED);
-    switch("0");
-    let text = read(format!("{TRACING}/trace"));
-    let events: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    let events = trace(&["kvm", "kvm_demand_paging"]);
     let last = &events[events.len().saturating_sub(LINES)..];
     format!(
         "  KVM, in {WATCHED:?}: {} events, the last of them:\n{}",
         events.len(),
         last.join("\n")
     )
+}
+
+/// What these tracepoints (systems, or one of a system) see in a moment, a line for each event.
+pub fn trace(tracepoints: &[&str]) -> Vec<String> {
+    let set = |file: &str, text: &str| fs::write(format!("{TRACING}/{file}"), text);
+    let switch = |on: &str| {
+        for tracepoint in tracepoints {
+            // One that is not there has nothing to tell.
+            let _ = set(&format!("events/{tracepoint}/enable"), on);
+        }
+    };
+    let _ = set("trace", "");
+    switch("1");
+    thread::sleep(WATCHED);
+    switch("0");
+    read(format!("{TRACING}/trace"))
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(str::to_owned)
+        .collect()
 }

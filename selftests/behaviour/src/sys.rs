@@ -27,7 +27,7 @@ pub fn check(ret: c_int) -> io::Result<c_int> {
 
 /// Binds the current thread to one CPU, the `n`th, counted round.
 ///
-/// For threads of vCPUs that run for long: the fewer of them share a CPU, the fewer guests QEMU loses (see harness.rs).
+/// For threads of vCPUs that run for long: the fewer of them share a CPU, the fewer guests QEMU loses (see emulator.rs).
 pub fn stay_on_cpu(n: u64) -> io::Result<()> {
     let cpus = std::thread::available_parallelism()?.get();
     // SAFETY: zeros are an empty set, and the set outlives the call.

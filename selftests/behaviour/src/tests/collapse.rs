@@ -6,6 +6,7 @@ use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kdp_vmm::{Order, Touch};
 use kvm_demand_paging::{Backing, PageRange, State};
@@ -71,7 +72,7 @@ fn mixed(pages: u64) -> impl Iterator<Item = u64> {
 /// stage-2, and this process's page tables are as small as before.
 ///
 /// They visit every `step`th page; the others are present before, so that large memory does not take the
-/// emulator more world switches than it survives (see harness.rs).
+/// emulator more world switches than it survives (see emulator.rs).
 fn random_guests(backing: Backing, pages: u64, step: u64, exits: bool) -> Result {
     let block = match backing {
         Backing::Huge1G => GIGANTIC,
@@ -541,13 +542,20 @@ fn never_replaces_others() -> Result {
     }
     slot.mark_range(State::Present, PageRange::new(0, pages))?;
     let result = (|| {
-        for round in 0..rounds(80) {
+        let enough = rounds(80);
+        let deadline = Instant::now() + PATIENCE;
+        for round in 0.. {
+            if round >= enough && (slot.counter("collapses")? > 0 || Instant::now() > deadline) {
+                break;
+            }
             // SAFETY: reserved by this test; its threads know that anything may be there.
             unsafe {
                 map(&slot, Some(base as *mut u8), 0, pages)?;
                 for _ in 0..round % 7 {
                     std::thread::yield_now();
                 }
+                // On a slow machine nothing is mapped anew so soon: longer and longer, until it was.
+                std::thread::sleep(Duration::from_millis(round.saturating_sub(enough)));
                 let other = libc::mmap(
                     base as *mut libc::c_void,
                     bytes,

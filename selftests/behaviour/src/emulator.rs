@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Guests that QEMU's emulation of SVM loses.
+//!
+//! Once in some 100,000 world switches, the more often the more threads of vCPUs share a CPU, the state that QEMU stores
+//! for the guest at a #VMEXIT is its host's: its RIP is the instruction behind VMRUN in kvm_amd's __svm_vcpu_run(), to
+//! the byte, as if the exit had been taken a second time by the host. KVM then runs the guest at that address: most take
+//! a triple fault at once, some an endless row of page faults. It happens on userfaultfd without our module, too. No test
+//! can pass with such a guest, and none of our guests has anything at these addresses, so the test is run again.
+
+use std::fs;
+use std::ops::Range;
+
+use crate::stuck;
+
+fn is_emulated() -> bool {
+    fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG"))
+}
+
+/// Whether a test that failed with this output lost its guest at once.
+pub fn ended_a_guest(output: &str) -> bool {
+    is_emulated() && output.contains("triple fault")
+}
+
+/// If a guest that is running now is a lost one: where it is.
+pub fn lost_guest() -> Option<String> {
+    if !is_emulated() {
+        return None;
+    }
+    let modules = fs::read_to_string("/proc/modules").ok()?;
+    let kvm = module_at(&modules, "kvm_amd")?;
+    stuck::trace(&["kvm/kvm_entry"])
+        .iter()
+        .filter_map(|line| rip(line))
+        .find(|rip| kvm.contains(rip))
+        .map(|rip| format!("its vCPU is at {rip:#x}, in its host's kvm_amd"))
+}
+
+/// The addresses of a module: name, size and so on, address (proc_modules(5)).
+fn module_at(modules: &str, name: &str) -> Option<Range<u64>> {
+    let line = modules
+        .lines()
+        .find(|line| line.split(' ').next() == Some(name))?;
+    let mut words = line.split(' ');
+    let size: u64 = words.nth(1)?.parse().ok()?;
+    let base = words.find_map(|word| word.strip_prefix("0x"))?;
+    let base = u64::from_str_radix(base, 16)
+        .ok()
+        .filter(|base| *base > 0)?;
+    Some(base..base + size)
+}
+
+/// The guest's instruction pointer in an event.
+fn rip(line: &str) -> Option<u64> {
+    let (_, rest) = line.split_once(", rip 0x")?;
+    let digits = rest.split(|c: char| !c.is_ascii_hexdigit()).next()?;
+    u64::from_str_radix(digits, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_guest_is_told_from_others() {
+        let modules = "kvm_amd 389120 4 - Live 0xffffffffa0155000\nkvm 1622016 1 kvm_amd, Live 0xffffffffa0400000\n";
+        let kvm = module_at(modules, "kvm_amd").expect("kvm_amd is in the list");
+        let lost = " behaviour-7754 [000] d..1.  1063.6: kvm_entry: vcpu 0, rip 0xffffffffa019d3dc intr_info 0x80000b0e";
+        assert!(kvm.contains(&rip(lost).expect("it has a rip")));
+        let fine = " behaviour-7754 [000] d..1.  1063.6: kvm_entry: vcpu 0, rip 0x1007 intr_info 0x00000000";
+        assert!(!kvm.contains(&rip(fine).expect("it has a rip")));
+        assert_eq!(rip("kvm_exit: reason npf"), None);
+        assert_eq!(
+            module_at("kvm_amd 389120 4 - Live 0x0000000000000000", "kvm_amd"),
+            None
+        );
+        assert_eq!(module_at(modules, "kvm_intel"), None);
+    }
+}
