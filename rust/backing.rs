@@ -21,6 +21,7 @@ use crate::{
             FRAMES,
             PINS, //
         },
+        memory_failure::BadFrame,
         task::User,
         vma::PMD_ORDER, //
     },
@@ -172,6 +173,22 @@ impl Backing {
             return Ok(first.add(into));
         }
         self.pin(pages, leaf, at).map(|first| first.add(into))
+    }
+
+    /// Whether a frame is a page's: the one that is pinned for it, or else the one that the memfd has there.
+    pub(crate) fn has_frame(&self, pages: &Pages, page: u64, frame: &BadFrame) -> bool {
+        let (leaf, at, into) = self.locate(page);
+        match pages.pins.get(leaf).and_then(|pins| pins.get(at)) {
+            Some(first) => first.add(into).is(frame),
+            None => self.memfd.has_frame(self.offset + page, frame),
+        }
+    }
+
+    /// The page that is so far into the memfd; none if that is outside of `nr_pages` pages.
+    pub(crate) fn page_at(&self, index: u64, nr_pages: u64) -> Option<u64> {
+        index
+            .checked_sub(self.offset)
+            .filter(|&page| page < nr_pages)
     }
 
     /// Whether a page's folio is pinned already.

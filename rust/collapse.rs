@@ -20,7 +20,7 @@ use crate::{
         remap::{
             self,
             Remap,
-            Space, //
+            Spot, //
         },
         trace,
         vma::Fault, //
@@ -72,19 +72,24 @@ fn consider_block(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: u32, 
 }
 
 impl Remap for Memslot {
-    fn remap(this: ArcBorrow<'_, Self>, space: Space<'_>) {
-        let is_whole = |range: PageRange| {
-            let pages = this.pages.read();
-            let whole = pages.all_mappable(range);
-            drop(pages);
-            whole && space.covers(range)
-        };
-        let Some(range) = widest(space.page(), this.place.nr_pages, is_whole) else {
-            return;
-        };
-        if range.count() >> space.order() > 0 && space.renew(&this.remapper, range).is_ok() {
-            this.stats.collapses().add(1);
-            trace::collapse(this.place.id, range.first(), range.count());
-        }
+    fn remap(this: ArcBorrow<'_, Self>, spot: &Spot) {
+        renew(&this, spot);
+    }
+}
+
+/// Maps the widest whole range around a page anew, where the current thread has it mapped in one piece.
+pub(crate) fn renew(slot: &Memslot, spot: &Spot) {
+    let is_whole = |range: PageRange| {
+        let pages = slot.pages.read();
+        let whole = pages.all_mappable(range);
+        drop(pages);
+        whole && spot.covers(range)
+    };
+    let Some(range) = widest(spot.page(), slot.place.nr_pages, is_whole) else {
+        return;
+    };
+    if range.count() >> spot.order() > 0 && spot.renew(&slot.remapper, range).is_ok() {
+        slot.stats.collapses().add(1);
+        trace::collapse(slot.place.id, range.first(), range.count());
     }
 }

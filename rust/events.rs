@@ -27,9 +27,11 @@ use crate::{
         }, //
     },
     max_poll_ns,
+    memslot::Place,
     notices::{
         Notice,
-        Notices, //
+        Notices,
+        What, //
     },
     rules::{
         poll,
@@ -50,6 +52,7 @@ use crate::{
 };
 use kernel::{
     cpu::nr_cpu_ids,
+    error::code::EHWPOISON,
     fs::File,
     new_mutex,
     prelude::*,
@@ -267,12 +270,29 @@ impl Events {
     /// The current thread's touch of a page failed: readers are told, nobody waits.
     pub(crate) fn notice(&self, access: Access, page: u64, error: Error) {
         let Some(thread) = Pid::current() else { return };
-        let notice = Notice {
+        self.push(Notice {
             access,
             page,
-            thread,
-            error,
+            what: What::SourceError { thread, error },
+        });
+    }
+
+    /// A page's frame has a memory error: readers are told.
+    pub(crate) fn poisoned(&self, place: &Place, page: u64) {
+        let access = Access {
+            slot_id: place.id,
+            gfn: place.base_gfn + page,
+            flags: 0,
         };
+        self.push(Notice {
+            access,
+            page,
+            what: What::MemoryError,
+        });
+    }
+
+    /// Where there is no room for one more it is counted elsewhere, or listed.
+    fn push(&self, notice: Notice) {
         if self.notices.push(notice).is_none() {
             self.readers.asleep.tell_one();
         }
@@ -430,15 +450,21 @@ fn describe(event: &Event<Arc<Waited>>) -> kdp_event {
 }
 
 fn describe_notice(notice: &Notice) -> kdp_event {
+    let (type_, tid, error) = match &notice.what {
+        What::SourceError { thread, error } => {
+            (KDP_EVENT_SOURCE_ERROR, thread.number_here(), *error)
+        }
+        What::MemoryError => (KDP_EVENT_POISONED, 0, EHWPOISON),
+    };
     kdp_event {
-        type_: KDP_EVENT_SOURCE_ERROR,
+        type_,
         slot_id: notice.access.slot_id,
         page: notice.page,
         gfn: notice.access.gfn,
         access: notice.access.flags,
-        tid: notice.thread.number_here(),
+        tid,
         deliveries: 1,
-        error: -notice.error.to_errno(),
+        error: -error.to_errno(),
         ..Default::default()
     }
 }

@@ -24,6 +24,7 @@ use crate::{
         },
         wait::Until, //
     },
+    lost,
     memslot::Memslot,
     pages::Pages,
     rules::{
@@ -311,12 +312,15 @@ fn serve<'a>(
     // What is prepared stands, so only where an exit is going to follow.
     let reason = match state {
         State::Absent if served => KDP_EXIT_ABSENT,
-        State::Poisoned => KDP_EXIT_POISONED,
+        State::Poisoned if !slot.poison_signals => KDP_EXIT_POISONED,
         _ => 0,
     };
     let exits = reason != 0 && prepare_exit(&slot, &fault, page, reason);
     match decide(state, toucher(&fault, exits), served) {
         Verdict::Exit => Ok(exit(&slot, &fault, page, reason)),
+        Verdict::Poison if slot.poison_signals && is_guest(&fault) => {
+            Ok(lost::show_to_kvm(slot, fault))
+        }
         Verdict::Poison => Ok(poisoned(&slot)),
         Verdict::Wait => wait(slot, fault, page),
         Verdict::Retry => Ok(Outcome::RetryLocked),

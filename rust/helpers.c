@@ -349,6 +349,39 @@ void *kdp_page_words(struct page *page)
 	return page_address(page);
 }
 
+/* memory errors */
+
+/* Tells files apart as long as they are open: all opens of a memfd have it. */
+unsigned long kdp_file_identity(struct file *file)
+{
+	return (unsigned long)file->f_mapping;
+}
+
+/* Which page of which file a frame is, if it is in a page cache. */
+bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index)
+{
+	struct page *page = pfn_to_online_page(pfn);
+	struct folio *folio;
+	bool found = false;
+
+	if (!page)
+		return false;
+	folio = page_folio(page);
+	if (!folio_try_get(folio))
+		return false;
+	/* Its mapping and index change under its lock. */
+	folio_lock(folio);
+	if (page_folio(page) == folio && folio->mapping &&
+	    !folio_test_anon(folio)) {
+		*file = (unsigned long)folio->mapping;
+		*index = folio->index + (pfn - folio_pfn(folio));
+		found = true;
+	}
+	folio_unlock(folio);
+	folio_put(folio);
+	return found;
+}
+
 /* bits that are locks */
 
 /* Acquires: what was done under the lock before is seen. */

@@ -58,6 +58,8 @@ bool kdp_memfd_has_block(struct file *memfd, pgoff_t index, unsigned int order);
 int kdp_pin_again(unsigned long pfn, unsigned int times);
 void kdp_unpin_pfn(unsigned long pfn);
 void kdp_zero_pfn(unsigned long pfn);
+unsigned long kdp_file_identity(struct file *file);
+bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index);
 void *kdp_page_words(struct page *page);
 
 /* files that pages are read from: page_cache.c */

@@ -11,10 +11,12 @@ use crate::{
     ffi::{
         file::RawFile,
         memfd::Memfd,
+        memory_failure,
         source_file::SourceFile,
         tracepoint,
         uapi::*, //
     },
+    memory_error::Listed,
     memslot::{
         Collapsed,
         Memslot,
@@ -43,10 +45,7 @@ use kernel::{
     fs::file::FileDescriptorReservation,
     page::PAGE_SHIFT,
     prelude::*,
-    sync::{
-        Arc,
-        ArcBorrow, //
-    },
+    sync::ArcBorrow,
     uaccess::{
         UserPtr,
         UserSlice, //
@@ -135,6 +134,9 @@ fn info(arg: &mut kdp_info) -> Result {
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
     }
+    if memory_failure::available() {
+        features |= u64::from(KDP_FEATURE_MEMORY_FAILURE);
+    }
     *arg = kdp_info {
         size: arg.size,
         flags: 0,
@@ -152,7 +154,8 @@ fn info(arg: &mut kdp_info) -> Result {
 }
 
 fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result<Fds> {
-    check_unknown(arg.flags, KDP_MEMSLOT_PAGING, arg.__reserved)?;
+    let known = KDP_MEMSLOT_PAGING | KDP_MEMSLOT_POISON_SIGNAL;
+    check_unknown(arg.flags, known, arg.__reserved)?;
     let end_gfn = arg.base_gfn.checked_add(arg.nr_pages).ok_or(EINVAL)?;
     if arg.nr_pages == 0 || arg.nr_pages > KDP_MAX_PAGES || end_gfn > MAX_GFN {
         return Err(EINVAL);
@@ -175,7 +178,8 @@ fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result
 
     let mut made = None;
     let file = RawFile::with_inode(|inode| {
-        let memslot = Memslot::new(vm.into(), place, backing, inode, mode)?;
+        let signals = arg.flags & KDP_MEMSLOT_POISON_SIGNAL != 0;
+        let memslot = Memslot::new(vm.into(), place, backing, inode, mode, signals)?;
         made = Some(memslot.clone());
         Ok(memslot)
     })?;
@@ -184,6 +188,7 @@ fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result
     arg.fd = fd.reserved_fd() as i32;
     vm.insert(Slot {
         path: Path::new(&memslot)?,
+        _listed: Listed::new(&memslot)?,
         memslot,
         file: file.clone(),
     })?;
@@ -254,18 +259,28 @@ fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
         _ => return Err(EOPNOTSUPP),
     };
     let memslot = vm.slot(arg.slot_id)?;
-    if arg.nr_ranges == 0 {
-        return Err(EINVAL);
-    }
-    let ranges = read_ranges(&memslot, arg.ranges, arg.nr_ranges)?;
     let mut progress = Progress::default();
-    let result = ranges.as_slice().iter().try_for_each(|&range| match state {
+    let result = for_ranges(&memslot, arg.ranges, arg.nr_ranges, |range| match state {
         State::Absent => memslot.mark_absent(range, &mut progress),
         to => memslot.resolve(range, to, &mut progress),
     });
     arg.done = progress.done;
     arg.changed = progress.changed;
     result
+}
+
+/// Does something to the ranges of a call, of which there is at least one, until it fails.
+fn for_ranges(
+    memslot: &Memslot,
+    address: u64,
+    count: u32,
+    f: impl FnMut(PageRange) -> Result,
+) -> Result {
+    if count == 0 {
+        return Err(EINVAL);
+    }
+    let ranges = read_ranges(memslot, address, count)?;
+    ranges.as_slice().iter().copied().try_for_each(f)
 }
 
 /// The ranges of one call. A handler that answers faults names one at a time: that needs no memory.
@@ -286,7 +301,7 @@ impl Ranges {
 }
 
 /// Reads and checks all ranges before the first of them is done.
-fn read_ranges(memslot: &Arc<Memslot>, address: u64, count: u32) -> Result<Ranges> {
+fn read_ranges(memslot: &Memslot, address: u64, count: u32) -> Result<Ranges> {
     if count > KDP_MAX_RANGES {
         return Err(EINVAL);
     }
@@ -359,12 +374,8 @@ fn poison(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_poison) -> Result {
         _ => return Err(EOPNOTSUPP),
     };
     let memslot = vm.slot(arg.slot_id)?;
-    if arg.nr_ranges == 0 {
-        return Err(EINVAL);
-    }
-    let ranges = read_ranges(&memslot, arg.ranges, arg.nr_ranges)?;
     let mut progress = Progress::default();
-    let result = ranges.as_slice().iter().try_for_each(|&range| match cause {
+    let result = for_ranges(&memslot, arg.ranges, arg.nr_ranges, |range| match cause {
         Some(cause) => memslot.poison(range, cause, &mut progress),
         None => memslot.heal(range, &mut progress),
     });

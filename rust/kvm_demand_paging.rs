@@ -21,6 +21,8 @@ mod events;
 mod fault;
 mod ffi;
 mod ioctl;
+mod lost;
+mod memory_error;
 mod memslot;
 mod notices;
 mod pages;
@@ -71,6 +73,7 @@ struct KvmDemandPaging {
     device: ffi::file::Node<device::Control>,
     #[pin]
     kvm: ffi::tracepoint::Watch,
+    memory: ffi::memory_failure::Watch<memory_error::Memslots>,
     work: ffi::work::WorkQueue,
 }
 
@@ -78,6 +81,8 @@ impl InPlaceModule for KvmDemandPaging {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         // SAFETY: This runs once in the life of the loaded module, before anything else of it.
         unsafe { path::NAMES.init() };
+        // SAFETY: As above.
+        unsafe { memory_error::INDEX.init() };
         // SAFETY: As above.
         let kvm = unsafe { ffi::tracepoint::Watch::new() };
         try_pin_init!(Self {
@@ -88,6 +93,7 @@ impl InPlaceModule for KvmDemandPaging {
             },
             kvm <- kvm,
             work: ffi::work::WorkQueue::new()?,
+            memory: ffi::memory_failure::Watch::new()?,
             device <- device::Control::node(),
         })
     }

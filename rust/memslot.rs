@@ -34,11 +34,18 @@ use crate::{
             FileOps,
             Inode, //
         },
-        remap::Remapper,
+        remap::{
+            Kind,
+            Remapper, //
+        },
         task::is_being_killed,
         trace,
         uapi::KDP_BITMAP_OFFSET,
         vma::NewMapping, //
+    },
+    lost::{
+        Failure,
+        LostMapping, //
     },
     pages::{
         Mode,
@@ -50,10 +57,6 @@ use crate::{
         collapse::{
             blocks,
             BLOCK_PAGES, //
-        },
-        poison::{
-            Cause,
-            Run, //
         },
         queue::{
             Key,
@@ -101,6 +104,8 @@ use kernel::{
 };
 
 use crate::ffi::rwsem::RwSem;
+
+mod poison;
 
 /// Where the present bitmap begins in the file, in pages.
 const BITMAP_PGOFF: u64 = KDP_BITMAP_OFFSET >> PAGE_SHIFT;
@@ -173,6 +178,9 @@ pub(crate) struct Memslot {
     inode: Inode,
     #[pin]
     pub(crate) remapper: Remapper,
+    /// A vCPU that touches a poisoned page gets the signal that it gets elsewhere; else an exit, or EFAULT.
+    pub(crate) poison_signals: bool,
+    pub(crate) lost_failure: Failure,
     /// Reads ahead.
     #[pin]
     ahead: Work<Memslot>,
@@ -192,6 +200,7 @@ impl Memslot {
         backing: Backing,
         inode: Inode,
         mode: Mode,
+        poison_signals: bool,
     ) -> Result<Arc<Self>> {
         let pages = RwSem::new(
             Pages::new(mode)?,
@@ -207,6 +216,8 @@ impl Memslot {
                 stats,
                 inode,
                 remapper <- Remapper::new(),
+                poison_signals,
+                lost_failure: Failure::none(),
                 ahead <- new_work!("kdp_ahead"),
                 changes <- Changes::new(),
                 pages,
@@ -444,75 +455,6 @@ impl Memslot {
         self.range(at, stop - at)
     }
 
-    /// Poisons a range: it is unmapped from everybody, and who waits for it learns that its bytes are lost.
-    pub(crate) fn poison(&self, range: PageRange, cause: Cause, progress: &mut Progress) -> Result {
-        let _changes = self.changes.lock();
-        let mut first = range.first();
-        for part in range.chunks() {
-            if is_being_killed() {
-                return Err(EINTR);
-            }
-            let last = first + (part.count - 1);
-            let mut pages = self.pages.write();
-            if pages.mode() == Mode::Removed {
-                return Err(ENOENT);
-            }
-            let added: Result = (first..=last).try_for_each(|page| {
-                progress.changed += u64::from(pages.poison.add(page, cause)?);
-                Ok(())
-            });
-            // Also those that were added before one failed.
-            self.inode.unmap(first, part.count);
-            drop(pages);
-            self.wake(first, last);
-            added?;
-            first = last + 1;
-        }
-        progress.done += 1;
-        Ok(())
-    }
-
-    /// Takes the poison from a range whose frames are good: its pages are what they are besides.
-    pub(crate) fn heal(&self, range: PageRange, progress: &mut Progress) -> Result {
-        let _changes = self.changes.lock();
-        let pages = self.pages.read();
-        if pages.mode() == Mode::Removed {
-            return Err(ENOENT);
-        }
-        pages.poison.check_heal(range)?;
-        drop(pages);
-        loop {
-            if is_being_killed() {
-                return Err(EINTR);
-            }
-            let mut pages = self.pages.write();
-            let Some(first) = pages.poison.first(range) else {
-                break;
-            };
-            let end = (first / BLOCK_PAGES + 1) * BLOCK_PAGES;
-            let part = self
-                .range(first, end.min(range.last() + 1) - first)
-                .ok_or(EINVAL)?;
-            while pages.poison.take(part).is_some() {
-                progress.changed += 1;
-            }
-            drop(pages);
-            self.unmap_whole_blocks(first, part.count());
-        }
-        progress.done += 1;
-        Ok(())
-    }
-
-    /// The runs of poisoned pages from page `from` on, as many as there is room for in `found`.
-    pub(crate) fn poisoned(&self, from: u64, found: &mut KVVec<Run>) -> Result {
-        let pages = self.pages.read();
-        let room = found.capacity() - found.len();
-        for run in pages.poison.runs(from).take(room) {
-            found.push(run, GFP_KERNEL_ACCOUNT)?;
-        }
-        Ok(())
-    }
-
     /// Switches demand paging.
     pub(crate) fn set_paging(&self, mode: Mode) -> Result {
         let _changes = self.changes.lock();
@@ -667,7 +609,10 @@ impl FileOps for Memslot {
         if base == BITMAP_PGOFF {
             mapping.install::<BitmapMapping>();
         } else {
-            mapping.install::<MemoryMapping>();
+            match this.remapper.kind() {
+                Kind::Memory => mapping.install::<MemoryMapping>(),
+                Kind::Lost => mapping.install::<LostMapping>(),
+            }
         }
         Ok(())
     }

@@ -21,12 +21,19 @@ use kernel::{
 /// How many are kept; the ABI says so.
 const MAX: usize = 64;
 
-/// A touch failed because the page's source could not be read.
+/// What happened to a page.
 pub(crate) struct Notice {
     pub(crate) access: Access,
     pub(crate) page: u64,
-    pub(crate) thread: Pid,
-    pub(crate) error: Error,
+    pub(crate) what: What,
+}
+
+/// What.
+pub(crate) enum What {
+    /// This thread's touch failed because the page's source could not be read.
+    SourceError { thread: Pid, error: Error },
+    /// Its frame has a memory error.
+    MemoryError,
 }
 
 /// The list. Its lock is innermost.

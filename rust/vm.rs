@@ -18,6 +18,7 @@ use crate::{
         vma::NewMapping, //
     },
     ioctl,
+    memory_error::Listed,
     memslot::Memslot,
     path::Path,
     rules::queue::Owner,
@@ -63,6 +64,8 @@ pub(crate) struct Slot {
     /// Holds the memslot as well: a cycle, until the memslot leaves the table.
     pub(crate) file: RawFile,
     pub(crate) path: Option<Path>,
+    /// Holds the memslot, too.
+    pub(crate) _listed: Listed,
 }
 
 /// The table.

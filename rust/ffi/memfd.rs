@@ -6,7 +6,8 @@
 
 use super::{
     c,
-    file::RawFile, //
+    file::RawFile,
+    memory_failure::BadFrame, //
 };
 use core::marker::PhantomData;
 use kernel::{
@@ -71,6 +72,17 @@ impl Memfd {
     /// The file, to hand out.
     pub(crate) fn file(&self) -> &RawFile {
         &self.file
+    }
+
+    /// Tells it from other files, as long as it is open.
+    pub(crate) fn identity(&self) -> usize {
+        // SAFETY: The file is valid.
+        unsafe { c::kdp_file_identity(self.file.as_ptr()) }
+    }
+
+    /// Whether a frame is that of the page at `index`, just now.
+    pub(crate) fn has_frame(&self, index: u64, frame: &BadFrame) -> bool {
+        frame.place() == Some((self.identity(), index))
     }
 
     /// Pins the allocation of number `granule`, allocating it if it is a hole.
@@ -143,6 +155,11 @@ pub(crate) struct Pfn<'a> {
 }
 
 impl Pfn<'_> {
+    /// Whether it is this one.
+    pub(crate) fn is(self, frame: &BadFrame) -> bool {
+        self.number == frame.number
+    }
+
     /// The frame `pages` further on in the same folio.
     #[inline]
     pub(crate) fn add(self, pages: u64) -> Self {

@@ -10,6 +10,9 @@
 //! It is done by the thread that faulted, on its way back to user mode: in its own address space, under
 //! its own limits, without any lock of ours. Its request holds the mapped file, and with it the module.
 //!
+//! In the same way one page comes to be an area of another [`Kind`] (a [`Spot`]), in the fault itself, after its lock
+//! was dropped.
+//!
 //! MAP_FIXED takes away whatever is there. So the file's get_unmapped_area(), which the kernel calls
 //! under the mmap lock before it changes anything, looks again, and refuses unless the range is still
 //! what it was.
@@ -48,6 +51,10 @@ use kernel::{
             Atomic,
             Relaxed, //
         },
+        lock::{
+            mutex::MutexBackend,
+            Guard, //
+        },
         ArcBorrow,
         Mutex, //
     }, //
@@ -63,6 +70,7 @@ const KNOWN: vm_flags_t = flags::READ
     | flags::MAYEXEC
     | flags::MAYSHARE
     | flags::PFNMAP
+    | flags::MIXEDMAP
     | flags::DONTEXPAND
     | flags::DONTDUMP
     | flags::NORESERVE
@@ -77,7 +85,16 @@ const CROWDED: i32 = 32_768;
 /// A file whose ranges can be mapped anew.
 pub(crate) trait Remap: FileOps {
     /// Decides what to map anew around a page that a fault has mapped small, and does it.
-    fn remap(this: ArcBorrow<'_, Self>, space: Space<'_>);
+    fn remap(this: ArcBorrow<'_, Self>, spot: &Spot);
+}
+
+/// What a range of a file's memory is mapped as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// As memory: frames that nobody may take references on (VM_PFNMAP).
+    Memory,
+    /// As a page that is lost: nothing is ever mapped there, and get_user_pages() asks the fault handler (VM_MIXEDMAP).
+    Lost,
 }
 
 /// What one file's remappings share, in cache lines of its own.
@@ -92,7 +109,9 @@ pub(crate) struct Remapper {
     thread: Atomic<usize>,
     flags: Atomic<vm_flags_t>,
     table_at: Atomic<usize>,
+    /// 0 if there need not be one.
     table_order: Atomic<u32>,
+    makes_lost: Atomic<bool>,
     /// The last request that is pending: a thread that faults many times before it goes back to user mode
     /// asks once for a block. A guess that only saves work: relaxed.
     pending: Atomic<u64>,
@@ -106,6 +125,7 @@ impl Remapper {
             flags: Atomic::new(0),
             table_at: Atomic::new(0),
             table_order: Atomic::new(0),
+            makes_lost: Atomic::new(false),
             pending: Atomic::new(0),
         })
     }
@@ -120,6 +140,15 @@ impl Remapper {
         self.thread.load(Relaxed) == current_number()
     }
 
+    /// What the area is to be that the current thread is mapping.
+    pub(crate) fn kind(&self) -> Kind {
+        if self.is_ours() && self.makes_lost.load(Relaxed) {
+            Kind::Lost
+        } else {
+            Kind::Memory
+        }
+    }
+
     /// Whether the range that is about to be replaced is still what it was.
     ///
     /// # Safety
@@ -132,18 +161,55 @@ impl Remapper {
         bytes: usize,
         pgoff: u64,
     ) -> Result<usize> {
-        let at = self.table_at.load(Relaxed);
+        let (at, order) = (self.table_at.load(Relaxed), self.table_order.load(Relaxed));
         // SAFETY: By the caller's promise.
         let (mm, still) = unsafe {
             let mm = c::kdp_current_mm();
             (mm, areas(mm, file, address, bytes, pgoff))
         };
-        let table = (address..address + bytes).contains(&at)
-            // SAFETY: By the caller's promise; there is an area at that address.
-            && unsafe { c::kdp_has_page_table(mm, at, self.table_order.load(Relaxed)) };
+        let table = order == 0
+            || (address..address + bytes).contains(&at)
+                // SAFETY: By the caller's promise; there is an area at that address.
+                && unsafe { c::kdp_has_page_table(mm, at, order) };
         match still {
             Some((flags, _)) if flags == self.flags.load(Relaxed) && table => Ok(address),
             _ => Err(EAGAIN),
+        }
+    }
+
+    /// Maps a range of the current thread's own address space, whose areas have these flags, anew as another kind or
+    /// the same; with a `table`, an address and an order, only if it is what stands in the way there. EAGAIN if it is no
+    /// longer what it was. The caller has the turn.
+    fn map(
+        &self,
+        _turn: &Guard<'_, (), MutexBackend>,
+        file: &RawFile,
+        place: &Mapped,
+        table: Option<(usize, u32)>,
+        kind: Kind,
+    ) -> Result {
+        let (table_at, table_order) = table.unwrap_or((0, 0));
+        self.flags.store(place.flags, Relaxed);
+        self.table_at.store(table_at, Relaxed);
+        self.table_order.store(table_order, Relaxed);
+        self.makes_lost.store(kind == Kind::Lost, Relaxed);
+        self.thread.store(current_number(), Relaxed);
+        // SAFETY: The file is valid. What is replaced is a mapping of the same pages of the same file: `verify()` sees
+        // to that under the mmap lock.
+        let at = unsafe {
+            c::kdp_map_anew(
+                file.as_ptr(),
+                place.address,
+                place.bytes,
+                place.flags,
+                place.pgoff as usize,
+            )
+        };
+        self.thread.store(0, Relaxed);
+        if at == place.address {
+            Ok(())
+        } else {
+            Err(EAGAIN)
         }
     }
 
@@ -155,6 +221,48 @@ impl Remapper {
     pub(super) unsafe fn put_back(&self, vma: *mut bindings::vm_area_struct) {
         // SAFETY: The area is new, so nobody else has it.
         unsafe { c::kdp_vma_add_flags(vma, self.flags.load(Relaxed) & PUT_BACK) };
+    }
+}
+
+/// Whether more areas would take them from others.
+fn is_crowded(mm: *mut bindings::mm_struct) -> bool {
+    // SAFETY: The address space is the current thread's.
+    unsafe { c::kdp_map_count(mm) > CROWDED }
+}
+
+/// A range of the file that is mapped in the current thread's address space, in one piece, with the same flags.
+struct Mapped {
+    address: usize,
+    bytes: usize,
+    pgoff: u64,
+    flags: vm_flags_t,
+    /// How many areas it consists of.
+    areas: usize,
+}
+
+impl Mapped {
+    /// If it is.
+    fn find(
+        mm: *mut bindings::mm_struct,
+        file: &RawFile,
+        address: usize,
+        bytes: usize,
+        pgoff: u64,
+    ) -> Option<Self> {
+        // SAFETY: The address space is the current thread's, the file is valid.
+        let (flags, areas) = unsafe {
+            c::kdp_mmap_read_lock(mm);
+            let found = areas(mm, file.as_ptr(), address, bytes, pgoff);
+            c::kdp_mmap_read_unlock(mm);
+            found?
+        };
+        Some(Self {
+            address,
+            bytes,
+            pgoff,
+            flags,
+            areas,
+        })
     }
 }
 
@@ -210,15 +318,11 @@ unsafe fn areas(
 ///
 /// # Invariants
 ///
-/// `head` is queued with the thread that faulted, or its callback runs. `mm` is compared only.
+/// `head` is queued with the thread that faulted, or its callback runs.
 #[repr(C)]
 struct Request {
     head: bindings::callback_head,
-    file: RawFile,
-    mm: *mut bindings::mm_struct,
-    address: usize,
-    pgoff: u64,
-    order: u32,
+    spot: Spot,
 }
 
 /// Has [`Remap::remap`] called when the current thread goes back to user mode, if the fault is of its own
@@ -228,7 +332,10 @@ pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>, order: u
     if remapper.pending.load(Relaxed) == note {
         return;
     }
-    let Some(file) = fault.file_if_own() else {
+    if !fault.may_be_huge_on_return() {
+        return;
+    }
+    let Some(spot) = Spot::of(fault, order) else {
         return;
     };
     let request = Request {
@@ -236,12 +343,7 @@ pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>, order: u
             next: core::ptr::null_mut(),
             func: Some(on_return::<F>),
         },
-        file,
-        // SAFETY: Always safe to call; the pointer is compared only.
-        mm: unsafe { c::kdp_current_mm() },
-        address: fault.address(),
-        pgoff: fault.pgoff(),
-        order,
+        spot,
     };
     // Without memory, the next fault asks again.
     let Ok(request) = KBox::new(request, GFP_KERNEL_ACCOUNT) else {
@@ -271,93 +373,99 @@ pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>, order: u
 unsafe extern "C" fn on_return<F: Remap>(head: *mut bindings::callback_head) {
     // SAFETY: By the caller's promise; `head` is the first field.
     let request = unsafe { KBox::from_raw(head.cast::<Request>()) };
+    let spot = &request.spot;
     // A thread that exits, or has called execve(), has no such address space any more.
     // SAFETY: Always safe to call; the pointer is compared only.
-    if unsafe { c::kdp_current_mm() } == request.mm {
+    if unsafe { c::kdp_current_mm() } == spot.mm {
         // SAFETY: The file is one of `F`, since the fault was in a mapping of it.
-        let this = unsafe { borrow::<F>(request.file.as_ptr()) };
+        let this = unsafe { borrow::<F>(spot.file.as_ptr()) };
         if let Some(remapper) = this.remapper() {
             remapper.pending.store(0, Relaxed);
         }
-        F::remap(this, Space(&request));
+        F::remap(this, spot);
     }
 }
 
-/// The address space of the current thread, around a page that it touched.
-pub(crate) struct Space<'a>(&'a Request);
+/// A page that the current thread touched, in its own address space.
+///
+/// # Invariants
+///
+/// `mm` is the current thread's as long as it is in the fault; `on_return()` compares it before it does more.
+pub(crate) struct Spot {
+    file: RawFile,
+    mm: *mut bindings::mm_struct,
+    address: usize,
+    pgoff: u64,
+    order: u32,
+}
 
-impl Space<'_> {
+impl Spot {
+    /// Where a fault is, in a block of `1 << order` pages that might be mapped at once; none if it is in another address
+    /// space.
+    pub(crate) fn of(fault: &Fault<'_>, order: u32) -> Option<Self> {
+        Some(Self {
+            file: fault.file_if_own()?,
+            // SAFETY: Always safe to call.
+            mm: unsafe { c::kdp_current_mm() },
+            address: fault.address(),
+            pgoff: fault.pgoff(),
+            order,
+        })
+    }
+
     /// The page, as an offset in the file.
     pub(crate) fn page(&self) -> u64 {
-        self.0.pgoff
+        self.pgoff
     }
 
     /// log2 of the pages of the block that could be mapped at once.
     pub(crate) fn order(&self) -> u32 {
-        self.0.order
+        self.order
     }
 
     /// Where a range is: its address and its length in bytes.
     fn locate(&self, range: PageRange) -> Option<(usize, usize)> {
         let bytes = |pages: u64| usize::try_from(pages).ok()?.checked_mul(PAGE_SIZE);
-        let before = bytes(self.0.pgoff.checked_sub(range.first())?)?;
-        let address = self.0.address.checked_sub(before)?;
+        let before = bytes(self.pgoff.checked_sub(range.first())?)?;
+        let address = self.address.checked_sub(before)?;
         Some((address, bytes(range.count())?))
     }
 
-    fn areas(&self, range: PageRange) -> Option<(usize, usize, vm_flags_t, usize)> {
+    fn mapped(&self, range: PageRange) -> Option<Mapped> {
         let (address, bytes) = self.locate(range)?;
-        // SAFETY: The address space is the current thread's, the file is valid.
-        let (flags, count) = unsafe {
-            c::kdp_mmap_read_lock(self.0.mm);
-            let found = areas(
-                self.0.mm,
-                self.0.file.as_ptr(),
-                address,
-                bytes,
-                range.first(),
-            );
-            c::kdp_mmap_read_unlock(self.0.mm);
-            found?
-        };
-        Some((address, bytes, flags, count))
+        Mapped::find(self.mm, &self.file, address, bytes, range.first())
     }
 
     /// Whether all of a range around the page is mapped here in one piece, as one mmap() would.
     pub(crate) fn covers(&self, range: PageRange) -> bool {
-        self.areas(range).is_some()
+        self.mapped(range).is_some()
     }
 
     /// Maps a range around the page anew. EAGAIN if it is no longer mapped as it was, or there is no
     /// page table to be freed.
     pub(crate) fn renew(&self, remapper: &Remapper, range: PageRange) -> Result {
-        let (address, bytes, flags, count) = self.areas(range).ok_or(EAGAIN)?;
-        // SAFETY: The address space is the current thread's.
-        if count == 1 && unsafe { c::kdp_map_count(self.0.mm) } > CROWDED {
+        let turn = remapper.turn.lock();
+        let place = self.mapped(range).ok_or(EAGAIN)?;
+        if place.areas == 1 && is_crowded(self.mm) {
             return Err(ENOSPC);
         }
-        let _turn = remapper.turn.lock();
-        remapper.flags.store(flags, Relaxed);
-        remapper.table_at.store(self.0.address, Relaxed);
-        remapper.table_order.store(self.0.order, Relaxed);
-        remapper.thread.store(current_number(), Relaxed);
-        // SAFETY: The file is valid. What is replaced is a mapping of the file by the very same mapping:
-        // `verify()` sees to that under the mmap lock.
-        let at = unsafe {
-            c::kdp_map_anew(
-                self.0.file.as_ptr(),
-                address,
-                bytes,
-                flags,
-                range.first() as usize,
-            )
-        };
-        remapper.thread.store(0, Relaxed);
-        if at == address {
-            Ok(())
-        } else {
-            Err(EAGAIN)
+        let table = Some((self.address, self.order));
+        remapper.map(&turn, &self.file, &place, table, Kind::Memory)
+    }
+
+    /// Makes the page an area of this kind, if it is not in one yet. EAGAIN if something else is mapped there by now. No
+    /// lock is held.
+    pub(crate) fn turn_into(&self, remapper: &Remapper, kind: Kind) -> Result {
+        let turn = remapper.turn.lock();
+        let place = Mapped::find(self.mm, &self.file, self.address, PAGE_SIZE, self.pgoff);
+        let place = place.ok_or(EAGAIN)?;
+        if (place.flags & flags::MIXEDMAP != 0) == (kind == Kind::Lost) {
+            return Ok(());
         }
+        if kind == Kind::Lost && is_crowded(self.mm) {
+            return Err(ENOSPC);
+        }
+        remapper.map(&turn, &self.file, &place, None, kind)
     }
 }
 

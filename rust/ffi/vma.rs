@@ -161,15 +161,19 @@ impl Fault<'_> {
         self.info().address & !(PAGE_SIZE - 1)
     }
 
-    /// The mapped file, if the fault is in the current thread's own address space, the thread goes back
-    /// to user mode, and the area may hold huge entries.
+    /// The mapped file, if the fault is in the current thread's own address space.
     pub(super) fn file_if_own(&self) -> Option<RawFile> {
         // SAFETY: The fault's lock keeps the area valid (type invariant), and the area its file.
         unsafe {
             let vma = self.info().vma;
-            let own = (*vma).vm_mm == c::kdp_current_mm() && c::kdp_current_returns_to_user();
-            (own && c::kdp_vma_may_be_huge(vma)).then(|| RawFile::another((*vma).vm_file))?
+            ((*vma).vm_mm == c::kdp_current_mm()).then(|| RawFile::another((*vma).vm_file))?
         }
+    }
+
+    /// Whether the area may hold huge entries, and the current thread is going back to user mode.
+    pub(super) fn may_be_huge_on_return(&self) -> bool {
+        // SAFETY: The fault's lock keeps the area valid (type invariant).
+        unsafe { c::kdp_current_returns_to_user() && c::kdp_vma_may_be_huge(self.info().vma) }
     }
 
     fn vma(&self) -> &VmaRef {

@@ -104,7 +104,7 @@ void op_create(struct model *m)
 			s = &m->slot[i];
 	if (!s)
 		return;
-	a.flags = some_flags(m, KDP_MEMSLOT_PAGING, &errs);
+	a.flags = some_flags(m, KDP_MEMSLOT_PAGING | KDP_MEMSLOT_POISON_SIGNAL, &errs);
 	a.slot_id = some_id(m);
 	a.base_gfn = pick(&m->r, 4096);
 	first = pick(&m->r, units);

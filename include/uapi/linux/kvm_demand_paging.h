@@ -119,6 +119,8 @@ struct kdp_info {
 #define KDP_FEATURE_SOURCE	(1ULL << 5)
 /* KDP_POISON. */
 #define KDP_FEATURE_POISON	(1ULL << 6)
+/* The kernel's memory errors poison pages (CONFIG_MEMORY_FAILURE). */
+#define KDP_FEATURE_MEMORY_FAILURE	(1ULL << 7)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -177,6 +179,17 @@ struct kdp_memslot_create {
 
 /* Create the memslot with demand paging on and every page absent. */
 #define KDP_MEMSLOT_PAGING	(1U << 0)
+/*
+ * A vCPU that touches a poisoned page gets what it gets elsewhere, for VMMs that
+ * do not know us: KVM sends its thread SIGBUS with si_code BUS_MCEERR_AR, si_addr
+ * in the page and si_addr_lsb 12, and KVM_RUN ends with EINTR as for any signal;
+ * also in threads with exits on. It takes two more areas (vm.max_map_count) in the
+ * VMM for each such page that a vCPU touches; when the VMM has more than 32768,
+ * KVM_RUN fails with EFAULT instead; it may also where a page is healed and
+ * poisoned again while a vCPU is in the middle of a fault on it. Without this flag a thread with exits on gets
+ * an exit with KDP_EXIT_POISONED, and KVM_RUN of others fails with EFAULT.
+ */
+#define KDP_MEMSLOT_POISON_SIGNAL	(1U << 1)
 
 /**
  * struct kdp_memslot_remove - ioctl(KDP_MEMSLOT_REMOVE)
@@ -513,7 +526,8 @@ struct kdp_source {
  * before the call returns, from KVM's guests too, and nobody reads or writes them
  * any more: a process that touches one gets SIGBUS with si_code BUS_MCEERR_AR,
  * si_addr in the page and si_addr_lsb 12, as of a memory error of 4 KiB; a vCPU
- * with exits on, an exit with KDP_EXIT_POISONED; an access in the kernel, EFAULT.
+ * the same or an exit, as KDP_MEMSLOT_POISON_SIGNAL says; an access in the kernel,
+ * KVM's own and vhost's too, EFAULT.
  * Who waits for such a page goes on, to that. The other pages of its block are
  * mapped one by one, other blocks as before.
  *
@@ -616,7 +630,7 @@ struct kdp_poison_list {
 
 /**
  * struct kdp_event - what read(2) on the VM's fd returns
- * @type: KDP_EVENT_ABSENT or KDP_EVENT_SOURCE_ERROR
+ * @type: KDP_EVENT_*
  * @slot_id: the memslot
  * @page: the page, by its index in the memslot
  * @gfn: the page, by its guest frame number
@@ -626,7 +640,8 @@ struct kdp_poison_list {
  *           interrupted or have died since an earlier delivery
  * @deliveries: how often this event has been read, this time included: above 1
  *              an earlier reader may have begun on it
- * @error: KDP_EVENT_SOURCE_ERROR: the errno value, positive; else 0
+ * @error: KDP_EVENT_SOURCE_ERROR: the errno value, positive; KDP_EVENT_POISONED:
+ *         EHWPOISON; else 0
  * @__reserved: 0
  *
  * KDP_EVENT_ABSENT: somebody waits for an absent page. There is one event per page, however many
@@ -647,6 +662,12 @@ struct kdp_poison_list {
  * delivered once; @waiters is 0. While 64 of them are unread, no more are kept:
  * the counter source-errors in fdinfo counts them all.
  *
+ * KDP_EVENT_POISONED: the kernel has found a memory error in the page's frame. It is
+ * poisoned with KDP_CAUSE_HARDWARE, in each memslot that has it, and unmapped
+ * everywhere; @access, @tid and @waiters are 0. It is delivered once, and is among
+ * the 64 that are kept: KDP_POISON_LIST has all. Also an absent page is poisoned so:
+ * its content is still to come, but not into that frame.
+ *
  * When the last fd of the VM is closed, nobody can resolve events: waiters get
  * SIGBUS, and absent pages stay inaccessible for ever.
  */
@@ -665,6 +686,7 @@ struct kdp_event {
 
 #define KDP_EVENT_ABSENT	1
 #define KDP_EVENT_SOURCE_ERROR	2
+#define KDP_EVENT_POISONED	3
 
 #define KDP_ACCESS_WRITE	(1U << 0)	/* else a read or an execution */
 #define KDP_ACCESS_EXEC		(1U << 1)

@@ -2,7 +2,6 @@
 
 //! Runs tests, each in a process of its own, and prints TAP.
 
-use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -30,7 +29,8 @@ fn soak() -> u32 {
     soak.and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
 }
 
-fn on_debug_kernel() -> bool {
+/// Whether this is the debug kernel: several times as slow.
+pub fn on_debug_kernel() -> bool {
     std::env::var("KDP_KERNEL").is_ok_and(|kind| kind == "debug")
 }
 

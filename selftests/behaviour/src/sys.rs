@@ -3,6 +3,7 @@
 //! The system calls that the standard library lacks, and accesses that may fail.
 
 use std::arch::global_asm;
+use std::cell::Cell;
 use std::ffi::CString;
 use std::io;
 use std::mem;
@@ -10,6 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
@@ -305,6 +307,11 @@ extern "C" fn probe_failed(signal: c_int, info: *mut libc::siginfo_t, context: *
         let at = regs[libc::REG_RIP as usize] as usize;
         if at != kdp_probe_load as *const () as usize && at != kdp_probe_store as *const () as usize
         {
+            if signal == libc::SIGBUS && NOTES.load(Ordering::Relaxed) {
+                // It has no destructor and is there from the thread's start: as good as a static.
+                BUS_ERROR.set(Some(told(signal, info)));
+                return;
+            }
             // Not a probe's: the access is repeated, and the signal ends the process.
             libc::signal(signal, libc::SIG_DFL);
             return;
@@ -316,6 +323,42 @@ extern "C" fn probe_failed(signal: c_int, info: *mut libc::siginfo_t, context: *
         regs[libc::REG_RAX as usize] = (*info).si_addr() as i64;
         regs[libc::REG_RDX as usize] = failed as i64;
         regs[libc::REG_RIP as usize] = kdp_probe_failed as *const () as i64;
+    }
+}
+
+thread_local! {
+    static BUS_ERROR: Cell<Option<Touched>> = const { Cell::new(None) };
+}
+
+/// Whether a SIGBUS that is no probe's is noted.
+static NOTES: AtomicBool = AtomicBool::new(false);
+
+/// From now on a SIGBUS that comes to a thread in a system call is noted for it, and does nothing else.
+pub fn note_bus_errors() {
+    prepare_probes();
+    NOTES.store(true, Ordering::Relaxed);
+}
+
+/// What the current thread was told last, and not yet asked for.
+pub fn bus_error() -> Option<Touched> {
+    BUS_ERROR.take()
+}
+
+/// What a handler was told.
+///
+/// # Safety
+///
+/// `info` is what the kernel passes to it.
+unsafe fn told(signal: c_int, info: *mut libc::siginfo_t) -> Touched {
+    // SAFETY: by the caller's promise. si_addr_lsb stands behind si_addr (include/uapi/asm-generic/siginfo.h), and is 0
+    // where it means nothing.
+    unsafe {
+        Touched::Signal {
+            signal,
+            code: (*info).si_code,
+            address: (*info).si_addr() as u64,
+            lsb: info.cast::<u8>().add(24).read(),
+        }
     }
 }
 

@@ -153,6 +153,7 @@ fn subject(args: &HandleArgs, inherited: Option<Vm>) -> Result<Subject, Failure>
     )?;
     let memslot = vm
         .create_memslot(0, &memfd)
+        .poison_signals(true)
         .name(name)
         .paging(true)
         .create()?;

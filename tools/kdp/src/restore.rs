@@ -24,6 +24,7 @@ pub fn run(args: &RestoreArgs) -> Result<(), Failure> {
     let memfd = Memfd::create(&args.create, backing, size)?;
     let _memslot = vm
         .create_memslot(0, &memfd)
+        .poison_signals(true)
         .name(&args.create)
         .paging(true)
         .create()?;

@@ -62,6 +62,9 @@ pub enum EventKind {
     /// A page could not be read from its source ([`Vm::set_source`]), for this errno, and who touched it was told
     /// so. Nobody waits.
     SourceError(i32),
+    /// The kernel has found a memory error in the page's frame: its bytes are lost, and whoever touches it is told so
+    /// ([`Vm::poisoned`] lists all such pages).
+    Poisoned,
 }
 
 /// A touch of a page that userspace is told of.
@@ -94,6 +97,7 @@ impl Event {
         let kind = match event.type_ {
             abi::KDP_EVENT_ABSENT => EventKind::Absent,
             abi::KDP_EVENT_SOURCE_ERROR => EventKind::SourceError(event.error),
+            abi::KDP_EVENT_POISONED => EventKind::Poisoned,
             _ => return None,
         };
         Some(Self {

@@ -28,6 +28,7 @@ pub struct MemslotBuilder<'a> {
     nr_pages: u64,
     offset: u64,
     paging: bool,
+    poison_signals: bool,
     name: String,
 }
 
@@ -41,6 +42,7 @@ impl<'a> MemslotBuilder<'a> {
             nr_pages: memfd.size() / PAGE,
             offset: 0,
             paging: false,
+            poison_signals: false,
             name: String::new(),
         }
     }
@@ -64,6 +66,13 @@ impl<'a> MemslotBuilder<'a> {
         self
     }
 
+    /// Whether a vCPU that touches a poisoned page gets the SIGBUS of a memory error, as elsewhere: for VMMs that do not
+    /// know us. Else a thread with exits on gets an exit, and KVM_RUN of others fails.
+    pub fn poison_signals(mut self, on: bool) -> Self {
+        self.poison_signals = on;
+        self
+    }
+
     /// Give it a path, /dev/kdp/NAME. The name has 1 to 31 of `[A-Za-z0-9._-]` and no dot in front.
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -72,12 +81,11 @@ impl<'a> MemslotBuilder<'a> {
 
     /// Create the memslot.
     pub fn create(self) -> Result<Memslot> {
+        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+        let flags = flag(self.paging, abi::KDP_MEMSLOT_PAGING)
+            | flag(self.poison_signals, abi::KDP_MEMSLOT_POISON_SIGNAL);
         let mut argument = abi::kdp_memslot_create {
-            flags: if self.paging {
-                abi::KDP_MEMSLOT_PAGING
-            } else {
-                0
-            },
+            flags,
             slot_id: self.slot_id,
             memfd: self.memfd.as_raw_fd(),
             base_gfn: self.base_gfn,

@@ -363,7 +363,7 @@ unsafe fn map(slot: &Slot, at: Option<*mut u8>, first: u64, pages: u64) -> Resul
 }
 
 /// Addresses that are aligned to 2 MiB, of which nothing is mapped.
-fn reserve(pages: u64) -> Result<*mut u8> {
+pub(super) fn reserve(pages: u64) -> Result<*mut u8> {
     let bytes = (pages * PAGE) as usize + (4 << 20);
     // SAFETY: the kernel chooses addresses that nobody uses.
     let address = unsafe {

@@ -21,6 +21,7 @@ mod huge;
 mod lifetime;
 mod lifetime_shared;
 mod limit;
+mod memory_error;
 mod notify;
 mod notify_killed;
 mod place;
@@ -50,6 +51,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         bitmap::TESTS,
         place::TESTS,
         poison::TESTS,
+        memory_error::TESTS,
         huge::TESTS,
         collapse::TESTS,
         shmem::TESTS,

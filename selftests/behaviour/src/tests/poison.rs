@@ -7,26 +7,32 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use kdp_vmm::{Order, Touch};
+use kdp_vmm::{Order, Stop, Touch, Vcpu};
 use kvm_demand_paging::{
     abi, Backing, Cause, FaultExit, PageRange, Paging, Poisoned, Reason, State,
 };
 
+use super::collapse::reserve;
 use super::source::{file, tmp};
-use crate::check::Result;
+use crate::check::{skip, Result};
 use crate::content;
 use crate::guest;
-use crate::harness::rounds;
+use crate::harness::{on_debug_kernel, rounds};
 use crate::slot::{Slot, BACKINGS, BLOCK, GPA, ID, PAGE, WINDOW};
 use crate::sys::{self, Child, Touched};
 use crate::tables::kvm_pages;
-use crate::task::{Task, PATIENCE};
+use crate::task::{until, Task, PATIENCE};
 
 tests! {
     "poison-touch-is-a-machine-check" => touch_is_a_machine_check,
     "poison-system-call-fails" => system_call_fails,
     "poison-vcpu-exits" => vcpu_exits,
     "poison-vcpu-without-exits-fails" => vcpu_without_exits_fails,
+    "poison-vcpu-signal" => vcpu_signal,
+    "poison-vcpu-signal-with-exits-on" => vcpu_signal_with_exits_on,
+    "poison-vcpu-signal-under-stress" => vcpu_signal_under_stress,
+    "poison-vcpu-signal-leaves-the-rest" => vcpu_signal_leaves_the_rest,
+    "poison-vcpu-signal-not-without-areas" => vcpu_signal_not_without_areas,
     "poison-in-every-process" => in_every_process,
     "poison-wakes-who-waits" => wakes_who_waits,
     "poison-never-mapped-shmem" => || never_mapped(Backing::Shmem),
@@ -54,7 +60,7 @@ fn heal(slot: &Slot, page: u64) -> Result {
 }
 
 /// What an access to a lost page is: a memory error of 4 KiB.
-fn lost(at: *const u64) -> Touched {
+pub(super) fn lost(at: *const u64) -> Touched {
     /// Hardware memory error consumed on a machine check: action required.
     const BUS_MCEERR_AR: i32 = 4;
     Touched::Signal {
@@ -66,7 +72,7 @@ fn lost(at: *const u64) -> Touched {
 }
 
 /// A memslot whose pages are all there, in this version.
-fn present(backing: Backing, pages: u64, paging: Paging) -> Result<Arc<Slot>> {
+pub(super) fn present(backing: Backing, pages: u64, paging: Paging) -> Result<Arc<Slot>> {
     let slot = Slot::new(backing, pages)?;
     for page in 0..pages {
         slot.fill(page, 1)?;
@@ -185,6 +191,236 @@ fn vcpu_without_exits_fails() -> Result {
         ensure_eq!(ran.reports, [content::word(9, 1, 0)], "what the guest read");
     }
     Ok(())
+}
+
+/// The same, where the memslot is for VMMs that do not know us.
+pub(super) fn signalling(backing: Backing, pages: u64, paging: Paging) -> Result<Arc<Slot>> {
+    let slot = Slot::with(backing, pages, |builder| {
+        builder.paging(true).poison_signals(true)
+    })?;
+    for page in 0..pages {
+        slot.fill(page, 1)?;
+    }
+    slot.vm.set_paging(ID, paging)?;
+    sys::note_bus_errors();
+    Ok(slot)
+}
+
+/// Enters a guest that is going to touch a lost page.
+pub(super) fn run_into_loss(vcpu: &mut Vcpu, slot: &Slot, page: u64) -> Result {
+    let stop = vcpu.run()?;
+    ensure!(
+        matches!(stop, Stop::Interrupted),
+        "KVM_RUN came to {stop:x?}"
+    );
+    ensure_eq!(
+        sys::bus_error(),
+        Some(lost(slot.address(page))),
+        "what the thread was told"
+    );
+    Ok(())
+}
+
+/// KVM_RUN ends as for any signal, and the signal says which 4 KiB are lost: each time, until it is healed.
+fn vcpu_signal() -> Result {
+    for (backing, pages) in BACKINGS {
+        for paging in [Paging::Off, Paging::OnPresent] {
+            let slot = signalling(backing, pages, paging)?;
+            let machine = slot.machine()?;
+            poison(&slot, 9)?;
+            let mut vcpu = machine.vcpu(0, &guest::peek(&[9, 10]))?;
+            for _ in 0..3 {
+                run_into_loss(&mut vcpu, &slot, 9)?;
+            }
+            // As before for a process, which is where the VMM does its own accesses.
+            let at = slot.address(9);
+            ensure_eq!(sys::load(at), lost(at), "a read of the process");
+            heal(&slot, 9)?;
+            let ran = guest::run(&mut vcpu, guest::no_fault)?;
+            let words = [9, 10].map(|page| content::word(page, 1, 0));
+            ensure_eq!(ran.reports, words, "what the guest read");
+            slot.check(9, 1)?;
+            // Poisoned once more.
+            poison(&slot, 9)?;
+            let mut vcpu = machine.vcpu(1, &guest::peek(&[9]))?;
+            run_into_loss(&mut vcpu, &slot, 9)?;
+        }
+    }
+    Ok(())
+}
+
+/// It is the memslot's choice: exits for absent pages, the signal for lost ones.
+fn vcpu_signal_with_exits_on() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = signalling(backing, pages, Paging::On)?;
+        let machine = slot.machine()?;
+        poison(&slot, 9)?;
+        let mut vcpu = machine.vcpu(0, &guest::peek(&[8, 9]))?;
+        let exiting = slot.clone();
+        let task = Task::work(move || -> Result {
+            exiting.vm.set_vcpu_exits(true)?;
+            let stop = vcpu.run()?;
+            let absent = matches!(&stop, Stop::Fault(fault) if fault.flags == abi::KDP_EXIT_ABSENT);
+            ensure!(absent, "KVM_RUN came to {stop:x?}");
+            exiting.place(8, 1)?;
+            ensure!(
+                matches!(vcpu.run()?, Stop::Report(_)),
+                "no report of page 8"
+            );
+            run_into_loss(&mut vcpu, &exiting, 9)?;
+            heal(&exiting, 9)?;
+            let stop = vcpu.run()?;
+            let absent = matches!(&stop, Stop::Fault(fault) if fault.flags == abi::KDP_EXIT_ABSENT);
+            ensure!(absent, "KVM_RUN came to {stop:x?} once page 9 was healed");
+            exiting.place(9, 1)?;
+            guest::run(&mut vcpu, guest::no_fault).map(drop)
+        })?;
+        task.join("the vCPU")?;
+    }
+    Ok(())
+}
+
+/// Several vCPUs at one lost page after the other, each healed while they try: KVM_RUN never fails, no guest reads anything
+/// but the pages' bytes.
+fn vcpu_signal_under_stress() -> Result {
+    const VCPUS: u64 = 4;
+    for (backing, pages) in BACKINGS {
+        let slot = signalling(backing, pages, Paging::OnPresent)?;
+        let machine = slot.machine()?;
+        let touched: Arc<Vec<u64>> =
+            Arc::new((0..60).map(|i| 2 * i % pages + 2 * i / pages).collect());
+        for &page in touched.iter() {
+            poison(&slot, page)?;
+        }
+        let next = Arc::new(AtomicU64::new(0));
+        let mut tasks = Vec::new();
+        for number in 0..VCPUS {
+            let mut vcpu = machine.vcpu(number, &guest::peek(&touched))?;
+            let (slot, next, touched) = (slot.clone(), next.clone(), touched.clone());
+            tasks.push(Task::work(move || -> Result<u64> {
+                sys::stay_on_cpu(number)?;
+                reads_and_losses(&mut vcpu, &slot, &touched, &next)
+            })?);
+        }
+        // Each page is healed once all, or some, have been told of it.
+        for (i, &page) in touched.iter().enumerate() {
+            let told = slot.counter("poisoned-touches")? + 2 * (i as u64 % VCPUS) + 1;
+            until("the vCPUs are told", || {
+                Ok(slot.counter("poisoned-touches")? >= told)
+            })?;
+            next.store(i as u64 + 1, Ordering::Release);
+            heal(&slot, page)?;
+        }
+        let mut losses = 0;
+        for task in tasks {
+            losses += task.join_long("a vCPU")?;
+        }
+        ensure!(losses > touched.len() as u64, "{losses} signals");
+    }
+    Ok(())
+}
+
+/// Runs a guest that reads these pages, of which `next` and all behind it may be lost; how often it was told so.
+fn reads_and_losses(
+    vcpu: &mut Vcpu,
+    slot: &Slot,
+    touched: &[u64],
+    next: &AtomicU64,
+) -> Result<u64> {
+    let mut losses = 0;
+    for (i, &page) in touched.iter().enumerate() {
+        let word = loop {
+            match vcpu.run()? {
+                Stop::Report(word) => break word,
+                Stop::Interrupted => {
+                    let told = sys::bus_error();
+                    ensure_eq!(
+                        told,
+                        Some(lost(slot.address(page))),
+                        "what the thread was told"
+                    );
+                    losses += 1;
+                }
+                other => fail!("KVM_RUN came to {other:x?}"),
+            }
+        };
+        ensure!(
+            next.load(Ordering::Acquire) > i as u64,
+            "page {page} was read, and is lost"
+        );
+        ensure_eq!(word, content::word(page, 1, 0), "what the guest read");
+    }
+    Ok(losses)
+}
+
+/// The area of its own that a lost page is goes when it is healed and touched: blocks are mapped by one entry as before.
+fn vcpu_signal_leaves_the_rest() -> Result {
+    let pages = 2 * BLOCK;
+    let slot = signalling(Backing::Huge2M, pages, Paging::OnPresent)?;
+    let machine = slot.machine()?;
+    let areas =
+        || -> Result<usize> { Ok(std::fs::read_to_string("/proc/self/maps")?.lines().count()) };
+    for page in 0..pages {
+        slot.check(page, 1)?;
+    }
+    let before = areas()?;
+    poison(&slot, 9)?;
+    let mut vcpu = machine.vcpu(0, &guest::peek(&[9]))?;
+    let running = areas()?;
+    run_into_loss(&mut vcpu, &slot, 9)?;
+    ensure_eq!(
+        areas()?,
+        running + 2,
+        "areas of the process, with a lost page"
+    );
+    heal(&slot, 9)?;
+    for page in (0..pages).chain(0..pages) {
+        slot.check(page, 1)?;
+    }
+    drop(vcpu);
+    ensure!(
+        areas()? <= before + 1,
+        "areas of the process: {}, {before} before",
+        areas()?
+    );
+    let huge = slot.counter("faults-huge")?;
+    // Both at first, and once the first was whole again: that one, or both.
+    ensure!(huge >= 3, "{huge} faults of blocks");
+    Ok(())
+}
+
+/// Where the process has too many areas, KVM_RUN fails as it does without the flag, and goes on when it has fewer.
+fn vcpu_signal_not_without_areas() -> Result {
+    const AREAS: u64 = 34_000;
+    if on_debug_kernel() {
+        return skip("so many areas take minutes to make there");
+    }
+    let slot = signalling(Backing::Shmem, 64, Paging::OnPresent)?;
+    let machine = slot.machine()?;
+    poison(&slot, 9)?;
+    let mut vcpu = machine.vcpu(0, &guest::peek(&[9]))?;
+    let many = reserve(AREAS)?;
+    for page in (0..AREAS).step_by(2) {
+        // SAFETY: reserved by this test, and not used.
+        let ret = unsafe {
+            libc::mprotect(
+                many.wrapping_add((page * PAGE) as usize).cast(),
+                PAGE as usize,
+                libc::PROT_READ,
+            )
+        };
+        sys::check(ret)?;
+    }
+    for _ in 0..3 {
+        let failed = vcpu.run().map_err(|e| e.to_string());
+        ensure!(
+            matches!(&failed, Err(e) if e.contains("Bad address")),
+            "KVM_RUN came to {failed:x?}"
+        );
+    }
+    // SAFETY: reserved by this test, and not used.
+    sys::check(unsafe { libc::munmap(many.cast(), (AREAS * PAGE) as usize) })?;
+    run_into_loss(&mut vcpu, &slot, 9)
 }
 
 /// Two processes that map the memslot lose the same page, whoever said so.

@@ -536,7 +536,7 @@ fn short_file() -> Result {
 }
 
 /// The frame that holds a byte of this process.
-fn frame(at: *const u8) -> Result<u64> {
+pub(super) fn frame(at: *const u8) -> Result<u64> {
     let mut entry = [0; 8];
     File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, at as u64 / PAGE * 8)?;
     let entry = u64::from_le_bytes(entry);

@@ -120,14 +120,20 @@ impl<M: Marks> Engine<M> {
         let mut batch = Batch::default();
         let mut ask = Vec::new();
         for event in events {
-            if let EventKind::SourceError(errno) = event.kind {
-                // Who touched the page knows; there is nobody to answer.
-                tracing::warn!(
-                    "page {} of memslot {} cannot be read from its source in the kernel: {}",
-                    event.page,
-                    event.slot_id,
+            // Of these, who touches the page knows; there is nobody to answer.
+            let told = match event.kind {
+                EventKind::Absent => None,
+                EventKind::SourceError(errno) => Some(format!(
+                    "cannot be read from its source in the kernel: {}",
                     std::io::Error::from_raw_os_error(errno)
-                );
+                )),
+                EventKind::Poisoned => Some(
+                    "has a memory error: its bytes are lost ('kdp list' has all such pages)"
+                        .to_owned(),
+                ),
+            };
+            if let Some(what) = told {
+                tracing::warn!("page {} of memslot {} {what}", event.page, event.slot_id);
                 continue;
             }
             add(&self.stats.events, 1);

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages of a memslot that are lost, and those that are healed. The locks are those of memslot.rs.
+
+use super::{
+    Memslot,
+    Progress, //
+};
+use crate::{
+    ffi::{
+        memory_failure::BadFrame,
+        task::is_being_killed, //
+    },
+    pages::Mode,
+    rules::{
+        collapse::BLOCK_PAGES,
+        poison::{
+            Cause,
+            Run, //
+        },
+        range::PageRange, //
+    }, //
+};
+use kernel::prelude::*;
+
+impl Memslot {
+    /// Poisons a range: it is unmapped from everybody, and who waits for it learns that its bytes are lost.
+    pub(crate) fn poison(&self, range: PageRange, cause: Cause, progress: &mut Progress) -> Result {
+        let _changes = self.changes.lock();
+        let mut first = range.first();
+        for part in range.chunks() {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let last = first + (part.count - 1);
+            let mut pages = self.pages.write();
+            if pages.mode() == Mode::Removed {
+                return Err(ENOENT);
+            }
+            let added: Result = (first..=last).try_for_each(|page| {
+                progress.changed += u64::from(pages.poison.add(page, cause)?);
+                Ok(())
+            });
+            // Also those that were added before one failed.
+            self.inode.unmap(first, part.count);
+            drop(pages);
+            self.wake(first, last);
+            added?;
+            first = last + 1;
+        }
+        progress.done += 1;
+        Ok(())
+    }
+
+    /// Takes the poison from a range whose frames are good: its pages are what they are besides.
+    pub(crate) fn heal(&self, range: PageRange, progress: &mut Progress) -> Result {
+        let _changes = self.changes.lock();
+        let pages = self.pages.read();
+        if pages.mode() == Mode::Removed {
+            return Err(ENOENT);
+        }
+        pages.poison.check_heal(range)?;
+        drop(pages);
+        loop {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            let mut pages = self.pages.write();
+            let Some(first) = pages.poison.first(range) else {
+                break;
+            };
+            let end = (first / BLOCK_PAGES + 1) * BLOCK_PAGES;
+            let part = self
+                .range(first, end.min(range.last() + 1) - first)
+                .ok_or(EINVAL)?;
+            while pages.poison.take(part).is_some() {
+                progress.changed += 1;
+            }
+            drop(pages);
+            self.unmap_whole_blocks(first, part.count());
+        }
+        progress.done += 1;
+        Ok(())
+    }
+
+    /// The runs of poisoned pages from page `from` on, as many as there is room for in `found`.
+    pub(crate) fn poisoned(&self, from: u64, found: &mut KVVec<Run>) -> Result {
+        let pages = self.pages.read();
+        let room = found.capacity() - found.len();
+        for run in pages.poison.runs(from).take(room) {
+            found.push(run, GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(())
+    }
+
+    /// The kernel has found a memory error in a frame of the memslot's file: whether that is the frame of this page, whose
+    /// bytes are lost then. Also those that are still to come would be in a bad frame.
+    pub(crate) fn memory_failed(&self, page: u64, frame: &BadFrame) -> Result<bool> {
+        let _changes = self.changes.lock();
+        let mut pages = self.pages.write();
+        // Nobody has it mapped where it is not pinned. What has been punched out of the file is no longer found by its
+        // place there.
+        if pages.mode() == Mode::Removed || !self.backing.has_frame(&pages, page, frame) {
+            return Ok(false);
+        }
+        let added = pages.poison.add(page, Cause::Hardware);
+        self.inode.unmap(page, 1);
+        drop(pages);
+        self.wake(page, page);
+        added.map(|_| true)
+    }
+}

@@ -1,0 +1,458 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory errors that the kernel finds: 4 KiB are lost, in every memslot that has them, and nothing else. They are injected
+//! (`hwpoison-inject`) into the very frames; what follows is the kernel's own handling.
+
+use std::cell::RefCell;
+use std::fs;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvm_demand_paging::{
+    AliasMap, Backing, Cause, Event, EventKind, Memfd, PageRange, Paging, Poisoned, State, Vm,
+};
+
+use super::poison::{lost, run_into_loss};
+use super::source::frame;
+use crate::check::{skip, Result};
+use crate::content;
+use crate::guest;
+use crate::harness::rounds;
+use crate::slot::{next_event, Slot, BACKINGS, BLOCK, GIGANTIC, GPA, ID, PAGE};
+use crate::sys::{self, Touched};
+use crate::tables::kvm_pages;
+use crate::task::{until, Task};
+
+tests! {
+    "poison-error-costs-one-page" => costs_one_page,
+    "poison-error-costs-one-page-of-1g" => costs_one_page_of_1g,
+    "poison-error-beside-plain-hugetlb" => || beside_plain(Backing::Huge2M, BLOCK),
+    "poison-error-beside-plain-hugetlb-of-1g" => || beside_plain(Backing::Huge1G, GIGANTIC),
+    "poison-error-in-every-memslot" => in_every_memslot,
+    "poison-error-in-an-absent-page" => in_an_absent_page,
+    "poison-error-more-than-once" => more_than_once,
+    "poison-error-for-guests" => for_guests,
+    "poison-error-in-a-frame-that-is-not-ours" => in_a_frame_that_is_not_ours,
+    "poison-error-while-blocks-come-and-go" => while_blocks_come_and_go,
+}
+
+const INJECT: &str = "/sys/kernel/debug/hwpoison";
+
+/// The errors of a test. To be made before the memory: when this is dropped the frames are free again, and are made good,
+/// or the huge pages would be lacking in the tests that follow.
+struct Errors(RefCell<Vec<u64>>);
+
+impl Errors {
+    fn new() -> Result<Self> {
+        if !fs::exists(INJECT)? {
+            return skip("this kernel cannot inject memory errors");
+        }
+        Ok(Self(RefCell::default()))
+    }
+
+    /// An error in this frame of memory of this kind.
+    fn inject(&self, backing: Backing, frame: u64) -> Result {
+        // The kernel knows of an error in a huge page by the first frame of that.
+        self.0
+            .borrow_mut()
+            .push(frame & !(backing.page_size() / PAGE - 1));
+        match fs::write(format!("{INJECT}/corrupt-pfn"), frame.to_string()) {
+            // So says the kernel of a page that stays in use, or has had an error before.
+            Err(e) if ![libc::EBUSY, libc::EHWPOISON].contains(&e.raw_os_error().unwrap_or(0)) => {
+                fail!("no error could be injected: {e}")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// An error in a page that is mapped here.
+    fn inject_at(&self, backing: Backing, at: *const u8) -> Result {
+        self.inject(backing, frame(at)?)
+    }
+
+    /// An error in a page of a memslot.
+    fn inject_into(&self, backing: Backing, slot: &Slot, page: u64) -> Result {
+        self.inject_at(backing, alias_of(&slot.alias, page))
+    }
+}
+
+impl Drop for Errors {
+    fn drop(&mut self) {
+        let mut frames = self.0.take();
+        frames.sort_unstable();
+        frames.dedup();
+        for frame in frames {
+            let good =
+                || Ok(fs::write(format!("{INJECT}/unpoison-pfn"), frame.to_string()).is_ok());
+            if let Err(e) = until("the frame can be made good", good) {
+                println!("frame {frame:#x} stays bad: {e}");
+            }
+        }
+    }
+}
+
+fn alias_of(alias: &AliasMap, page: u64) -> *const u8 {
+    alias.as_ptr().wrapping_add((page * PAGE) as usize)
+}
+
+fn check_event(event: &Event, page: u64) -> Result {
+    ensure_eq!(
+        (
+            event.kind,
+            event.slot_id,
+            event.page,
+            event.gfn,
+            event.waiters,
+            event.tid
+        ),
+        (EventKind::Poisoned, ID, page, GPA / PAGE + page, 0, None),
+        "the event"
+    );
+    Ok(())
+}
+
+fn bad(page: u64) -> Poisoned {
+    Poisoned {
+        range: PageRange::page(page),
+        cause: Cause::Hardware,
+    }
+}
+
+/// The page is lost to whoever touches it, and every other one is there.
+fn costs_one_page() -> Result {
+    let errors = Errors::new()?;
+    for (backing, pages) in BACKINGS {
+        for paging in [Paging::Off, Paging::OnPresent] {
+            let slot = super::poison::present(backing, pages, paging)?;
+            let page = pages / 2 + 7;
+            for page in 0..pages {
+                slot.check(page, 1)?;
+            }
+            let start = Instant::now();
+            errors.inject_into(backing, &slot, page)?;
+            check_event(&slot.event()?, page)?;
+            println!("{backing:?}: {:?} from injection to event", start.elapsed());
+            let at = slot.address(page);
+            ensure_eq!(sys::load(at), lost(at), "a read");
+            for page in (0..pages).filter(|&other| other != page) {
+                slot.check(page, 1)?;
+            }
+            ensure_eq!(slot.vm.poisoned(ID)?, [bad(page)], "the list");
+            slot.no_event()?;
+            // The frame is bad: no call makes it good.
+            let healed = slot.vm.heal(ID, &[PageRange::new(page - 1, 3)]);
+            ensure!(
+                healed
+                    .as_ref()
+                    .is_err_and(|e| e.errno() == Some(libc::EHWPOISON)),
+                "KDP_POISON_HEAL came to {healed:?}"
+            );
+            ensure_eq!(sys::load(at), lost(at), "a read");
+        }
+    }
+    Ok(())
+}
+
+/// Nor does it take more of a page of 1 GiB.
+fn costs_one_page_of_1g() -> Result {
+    let errors = Errors::new()?;
+    let slot = Slot::new(Backing::Huge1G, GIGANTIC)?;
+    let page = 77 * BLOCK + 5;
+    let some = [0, page - 1, page + 1, page + BLOCK, GIGANTIC - 1];
+    for other in some.into_iter().chain([page]) {
+        slot.place(other, 1)?;
+        slot.check(other, 1)?;
+    }
+    errors.inject_into(Backing::Huge1G, &slot, page)?;
+    check_event(&slot.event()?, page)?;
+    let at = slot.address(page);
+    ensure_eq!(sys::load(at), lost(at), "a read");
+    for other in some {
+        slot.check(other, 1)?;
+    }
+    slot.vm.set_paging(ID, Paging::Off)?;
+    ensure_eq!(sys::load(at), lost(at), "a read, with demand paging off");
+    for other in some {
+        slot.check(other, 1)?;
+    }
+    Ok(())
+}
+
+/// How many bytes of a mapping can no longer be read, by pages. A system call is told, no signal comes.
+fn unreadable(memory: *const u8, pages: u64) -> Result<u64> {
+    let sink = Memfd::create("sink", Backing::Shmem, PAGE)?;
+    let mut bytes = 0;
+    for page in 0..pages {
+        let at = memory.wrapping_add((page * PAGE) as usize);
+        match sys::write_from(sink.as_fd(), at, 8) {
+            Ok(_) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => bytes += PAGE,
+            Err(e) => fail!("page {page}: {e}"),
+        }
+    }
+    Ok(bytes)
+}
+
+/// The same error in memory of the same kind, without us and with us.
+fn beside_plain(backing: Backing, pages: u64) -> Result {
+    let errors = Errors::new()?;
+    let slot = Slot::new(backing, pages)?;
+    let page = pages / 3;
+    let plain = Memfd::create("plain", backing, pages * PAGE)?;
+    let plain = plain.map_all()?;
+    slot.fill(page, 1)?;
+    slot.vm.set_paging(ID, Paging::Off)?;
+    plain.write(page, &content::bytes(page, 1))?;
+    ensure_eq!(
+        unreadable(plain.as_ptr(), pages)?,
+        0,
+        "bytes lost before, without us"
+    );
+    ensure_eq!(
+        unreadable(slot.address(0).cast(), pages)?,
+        0,
+        "bytes lost before, with us"
+    );
+    errors.inject_at(backing, alias_of(&plain, page))?;
+    errors.inject_into(backing, &slot, page)?;
+    check_event(&slot.event()?, page)?;
+    let without = unreadable(plain.as_ptr(), pages)?;
+    let with = unreadable(slot.address(0).cast(), pages)?;
+    println!("bytes lost: {without} without us, {with} with us");
+    ensure_eq!(
+        (without, with),
+        (pages * PAGE, PAGE),
+        "bytes lost without us, and with us"
+    );
+    Ok(())
+}
+
+/// Two VMs, three memslots, at different places of one memfd: each that has the page loses it, and its readers are told.
+fn in_every_memslot() -> Result {
+    let errors = Errors::new()?;
+    for (backing, pages) in [(Backing::Shmem, 64), (Backing::Huge2M, 3 * BLOCK)] {
+        let slot = super::poison::present(backing, pages, Paging::Off)?;
+        let part = pages / 3 / BLOCK * BLOCK;
+        let part = if part == 0 { 16 } else { part };
+        let other = Vm::open()?;
+        let second = other
+            .create_memslot(1, &slot.memfd)
+            .part(part * PAGE, pages - part)
+            .create()?
+            .map()?;
+        let third = other
+            .create_memslot(2, &slot.memfd)
+            .base_gfn(1 << 20)
+            .part(0, part)
+            .create()?
+            .map()?;
+        let page = part + 9;
+        for page in 0..pages {
+            slot.check(page, 1)?;
+        }
+        let at_second = |page: u64| -> *const u64 {
+            second
+                .as_ptr()
+                .wrapping_add(((page - part) * PAGE) as usize)
+                .cast()
+        };
+        ensure_eq!(
+            sys::load(at_second(page)),
+            Touched::Value(content::word(page, 1, 0)),
+            "a read"
+        );
+        errors.inject_into(backing, &slot, page)?;
+        check_event(&slot.event()?, page)?;
+        let event = next_event(&other)?;
+        ensure_eq!(
+            (event.kind, event.slot_id, event.page, event.gfn),
+            (EventKind::Poisoned, 1, page - part, page - part),
+            "the event of the other VM"
+        );
+        for at in [slot.address(page).cast_const(), at_second(page)] {
+            ensure_eq!(sys::load(at), lost(at), "a read");
+        }
+        ensure_eq!(
+            sys::load(at_second(page + 1)),
+            Touched::Value(content::word(page + 1, 1, 0)),
+            "a read beside it"
+        );
+        ensure_eq!(
+            other.poisoned(1)?,
+            [bad(page - part)],
+            "the list of the second memslot"
+        );
+        ensure_eq!(other.poisoned(2)?, [], "the list of the third memslot");
+        ensure_eq!(
+            sys::load(third.as_ptr().cast()),
+            Touched::Value(content::word(0, 1, 0)),
+            "a read of the third memslot"
+        );
+        ensure!(
+            !other.wait_event(Some(crate::task::MOMENT))?,
+            "one more event"
+        );
+    }
+    Ok(())
+}
+
+/// The content of an absent page is still to come, but not into that frame. Nobody had it mapped or pinned.
+fn in_an_absent_page() -> Result {
+    let errors = Errors::new()?;
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let page = 11;
+        // The handler has begun to fill it.
+        slot.fill(page, 1)?;
+        errors.inject_into(backing, &slot, page)?;
+        check_event(&slot.event()?, page)?;
+        ensure_eq!(slot.vm.poisoned(ID)?, [bad(page)], "the list");
+        let at = slot.address(page);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        slot.mark(State::Present, page)?;
+        ensure_eq!(
+            sys::load(at),
+            lost(at),
+            "a read of the page, marked present"
+        );
+        slot.no_event()?;
+    }
+    Ok(())
+}
+
+/// A second error in the same huge page, and one that is told of twice.
+fn more_than_once() -> Result {
+    let errors = Errors::new()?;
+    let slot = super::poison::present(Backing::Huge2M, 2 * BLOCK, Paging::Off)?;
+    for page in 0..2 * BLOCK {
+        slot.check(page, 1)?;
+    }
+    // The alias of the huge page is gone with the first error: its frames are looked up before.
+    let frames = [5, 300].map(|page| frame(alias_of(&slot.alias, page)));
+    for (frame, page) in frames.into_iter().zip([5, 300]) {
+        errors.inject(Backing::Huge2M, frame?)?;
+        check_event(&slot.event()?, page)?;
+    }
+    ensure_eq!(slot.vm.poisoned(ID)?, [bad(5), bad(300)], "the list");
+    for page in (0..2 * BLOCK).filter(|page| ![5, 300].contains(page)) {
+        slot.check(page, 1)?;
+    }
+    for page in [5, 300] {
+        let at = slot.address(page);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+    }
+    Ok(())
+}
+
+/// A guest is told of the page, and goes on with the others; blocks beside its own stay huge.
+fn for_guests() -> Result {
+    let errors = Errors::new()?;
+    let pages = 3 * BLOCK;
+    let slot = super::poison::signalling(Backing::Huge2M, pages, Paging::Off)?;
+    let machine = slot.machine()?;
+    let before = kvm_pages()?;
+    let page = BLOCK + 40;
+    let others = [0, page - 1, page + 1, 2 * BLOCK + 1];
+    guest::run(
+        &mut machine.vcpu(0, &guest::peek(&others))?,
+        guest::no_fault,
+    )?;
+    ensure_eq!(kvm_pages()?.1 - before.1, 3, "entries of 2 MiB");
+    errors.inject_into(Backing::Huge2M, &slot, page)?;
+    check_event(&slot.event()?, page)?;
+    ensure_eq!(
+        kvm_pages()?.1 - before.1,
+        2,
+        "entries of 2 MiB, after the error"
+    );
+    let mut vcpu = machine.vcpu(1, &guest::peek(&[page]))?;
+    run_into_loss(&mut vcpu, &slot, page)?;
+    let ran = guest::run(
+        &mut machine.vcpu(2, &guest::peek(&others))?,
+        guest::no_fault,
+    )?;
+    ensure_eq!(
+        ran.reports,
+        others.map(|page| content::word(page, 1, 0)),
+        "what the guest read"
+    );
+    ensure_eq!(kvm_pages()?.1 - before.1, 2, "entries of 2 MiB, at the end");
+    Ok(())
+}
+
+/// The memfd has another frame by now than the one that the memslot has pinned: an error there takes nothing from the
+/// memslot, until the page is brought in anew.
+fn in_a_frame_that_is_not_ours() -> Result {
+    let errors = Errors::new()?;
+    let slot = Slot::new(Backing::Shmem, 64)?;
+    slot.place(9, 1)?;
+    slot.check(9, 1)?;
+    slot.memfd.punch_hole(PageRange::page(9))?;
+    slot.fill(9, 2)?;
+    errors.inject_into(Backing::Shmem, &slot, 9)?;
+    slot.no_event()?;
+    ensure_eq!(slot.vm.poisoned(ID)?, [], "the list");
+    slot.check(9, 1)
+}
+
+/// Errors while threads touch the memory, blocks are mapped by one entry, and pages become absent and present: each takes
+/// its page and no other, and nobody ever reads it again.
+fn while_blocks_come_and_go() -> Result {
+    let errors = Errors::new()?;
+    let pages = 4 * BLOCK;
+    for _ in 0..rounds(4) {
+        let slot = super::poison::present(Backing::Huge2M, pages, Paging::OnPresent)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let victims: Vec<u64> = (0..4)
+            .map(|block| block * BLOCK + 100 + 37 * block)
+            .collect();
+        let frames = victims
+            .iter()
+            .map(|&page| frame(alias_of(&slot.alias, page)));
+        let frames = frames.collect::<Result<Vec<u64>>>()?;
+        let mut tasks = Vec::new();
+        for number in 0..3_u64 {
+            let (slot, stop, victims) = (slot.clone(), stop.clone(), victims.clone());
+            tasks.push(Task::work(move || -> Result {
+                let mut turn = number;
+                while !stop.load(Ordering::Acquire) {
+                    let page = turn * 97 % pages;
+                    if number == 0 && turn % 5 == 0 && !victims.contains(&page) {
+                        slot.mark(State::Absent, page)?;
+                        slot.mark(State::Present, page)?;
+                    }
+                    match sys::load(slot.address(page)) {
+                        Touched::Value(word) => {
+                            ensure_eq!(word, content::word(page, 1, 0), "page {page}");
+                        }
+                        told => {
+                            ensure!(victims.contains(&page), "page {page} is lost");
+                            ensure_eq!(told, lost(slot.address(page)), "page {page}");
+                        }
+                    }
+                    turn += 1;
+                }
+                Ok(())
+            })?);
+        }
+        for (i, (&page, &frame)) in victims.iter().zip(&frames).enumerate() {
+            std::thread::sleep(std::time::Duration::from_millis(i as u64 * 3));
+            errors.inject(Backing::Huge2M, frame)?;
+            let known = || Ok(slot.vm.poisoned(ID)?.contains(&bad(page)));
+            until("the page is known to be lost", known)?;
+            let at = slot.address(page);
+            ensure_eq!(sys::load(at), lost(at), "a read");
+        }
+        stop.store(true, Ordering::Release);
+        for task in tasks {
+            task.join("a thread")?;
+        }
+        for page in (0..pages).filter(|page| !victims.contains(page)) {
+            slot.check(page, 1)?;
+        }
+        ensure_eq!(slot.vm.poisoned(ID)?.len(), victims.len(), "pages lost");
+    }
+    Ok(())
+}
