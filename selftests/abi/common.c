@@ -33,7 +33,7 @@ static const struct call {
 } calls[] = {
 	{ "KDP_INFO", KDP_INFO, sizeof(struct kdp_info), 0, true },
 	{ "KDP_MEMSLOT_CREATE", KDP_MEMSLOT_CREATE, sizeof(struct kdp_memslot_create),
-	  KDP_MEMSLOT_PAGING, true },
+	  KDP_MEMSLOT_PAGING | KDP_MEMSLOT_POISON_SIGNAL, true },
 	{ "KDP_MEMSLOT_REMOVE", KDP_MEMSLOT_REMOVE, sizeof(struct kdp_memslot_remove), 0, false },
 	{ "KDP_MEMSLOT_GET", KDP_MEMSLOT_GET, sizeof(struct kdp_memslot_get),
 	  KDP_GET_NEXT | KDP_GET_FD | KDP_GET_MEMFD, true },
