@@ -69,7 +69,7 @@ class Console:
         return [int(m.group(1)) for line in self.text() if (m := TICK.match(line))]
 
     def tail(self):
-        lines = self.text()[-8:]
+        lines = self.text()[-150:]
         return "the console's last lines:\n    " + "\n    ".join(lines) if lines else "the console is empty"
 
 
@@ -130,11 +130,11 @@ class Qmp:
 class Qemu:
     """One guest. Use it as a context manager: QEMU does not outlive the block."""
 
-    def __init__(self, memory_path, bytes_, work, console_rest=b"", incoming=False, guest_args=""):
+    def __init__(self, memory_path, bytes_, work, console_rest=b"", incoming=False, guest_args="", cpu="host"):
         self.work = work
         self.name = f"qemu-{time.monotonic_ns()}"
         monitor = f"{work}/{self.name}.qmp"
-        args = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", f"{bytes_ >> 20}M"]
+        args = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", cpu, "-smp", "1", "-m", f"{bytes_ >> 20}M"]
         args += ["-object", f"memory-backend-file,id=ram,mem-path={memory_path},size={bytes_},share=on"]
         args += ["-machine", "pc,memory-backend=ram,usb=off,vmport=off", "-nodefaults", "-no-user-config"]
         args += ["-display", "none", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]

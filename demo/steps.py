@@ -244,3 +244,38 @@ def small_vmm(settings, mode, backing, memory):
 def clean_up(settings):
     """Gives the working folder's memory back; the VM may have other things to run."""
     shutil.rmtree(settings.work, ignore_errors=True)
+
+
+def lose_a_page(settings, name="victim"):
+    """A page of a Linux guest under an unmodified QEMU is lost while the guest uses it; returns what the guest said.
+
+    The guest must log the page's address, lose the process that touched it and nothing else, and go on.
+    """
+    blank = f"{settings.work}/blank"
+    with open(blank, "wb") as f:
+        f.truncate(settings.memory)
+    reserve_huge_pages(settings.memory)
+    args = f"{settings.guest_args()} kdp_victim=1"
+    # A guest on AMD recovers from an error only where its CPU says that it contains them (SUCCOR).
+    with (
+        Restorer(settings.work, name, blank, 30 * SLOW) as restorer,
+        Qemu(restorer.memory, settings.memory, settings.work, guest_args=args, cpu="host,+succor,+overflow-recov") as qemu,
+    ):
+        console = qemu.console
+        at, _, said = console.wait_for("^KDP-VICTIM 0x([0-9a-f]+)$", 120 * SLOW, "the guest's victim")
+        address = int(said.group(1), 16)
+        console.wait_for("^KDP-VERIFY ok", 60 * SLOW, "the guest's first verification", at)
+        lost = [f"{settings.work}/kdp", "poison", "--pid", str(restorer.process.pid), str(address // PAGE)]
+        done = subprocess.run(lost, capture_output=True, text=True, check=False, timeout=60)
+        if done.returncode != 0:
+            raise Failure(f"kdp poison: {done.stderr.strip()}")
+        at, _, told = console.wait_for(r"^KDP-SIGBUS code (\d+) lsb (\d+)$", 60 * SLOW, "the victim's signal", at)
+        for _ in range(2):
+            at, _, _ = console.wait_for("^KDP-VERIFY ok", 60 * SLOW, "a verification after the loss", at + 1)
+        console.wait_for("^KDP-TICK", 30 * SLOW, "a tick after the loss", at)
+        return {
+            "address": address,
+            "code": int(told.group(1)),
+            "lsb": int(told.group(2)),
+            "log": [line for line in console.text() if not line.startswith("KDP-")],
+        }

@@ -36,6 +36,9 @@ use kernel::{
     workqueue::WorkItem, //
 };
 
+/// The number of the work that reads.
+pub(crate) const READ: u64 = 0;
+
 /// Pages that are filled in a row before others have their turn.
 const BITE: u64 = 64;
 
@@ -50,11 +53,11 @@ pub(crate) fn consider(slot: ArcBorrow<'_, Memslot>, pages: &Pages, page: u64) {
 #[inline(never)]
 fn consider_next(slot: ArcBorrow<'_, Memslot>, source: &Source, page: u64) {
     if source.touched(page, slot.place.nr_pages) {
-        work::enqueue(Arc::from(slot));
+        work::enqueue::<_, READ>(Arc::from(slot));
     }
 }
 
-impl WorkItem for Memslot {
+impl WorkItem<READ> for Memslot {
     type Pointer = Arc<Memslot>;
 
     fn run(slot: Arc<Memslot>) {

@@ -46,7 +46,10 @@ use crate::{
 };
 use kernel::{
     bindings::vm_flags_t,
-    mm::virt::flags,
+    mm::{
+        virt::flags,
+        Mm, //
+    },
     prelude::*,
     sync::{
         Arc,
@@ -64,6 +67,10 @@ impl Mapping for MemoryMapping {
     // but not grow.
     const FLAGS: vm_flags_t = flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
     const HUGE: bool = true;
+
+    fn opened(slot: ArcBorrow<'_, Memslot>, mm: &Mm) {
+        lost::opened(slot, mm);
+    }
 
     #[inline]
     fn fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {

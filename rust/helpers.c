@@ -190,6 +190,17 @@ int kdp_map_count(const struct mm_struct *mm)
 	return READ_ONCE(mm->map_count);
 }
 
+/* Whether a process has @mm still. */
+bool kdp_mm_is_used(struct mm_struct *mm)
+{
+	return atomic_read(&mm->mm_users);
+}
+
+bool kdp_current_may_use_mm(void)
+{
+	return current->flags & PF_KTHREAD && !current->mm;
+}
+
 /* Maps a range of the current process over itself, as an area of @flags is. */
 unsigned long kdp_map_anew(struct file *file, unsigned long address,
 			   unsigned long bytes, vm_flags_t flags,

@@ -38,6 +38,8 @@ bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
 void kdp_mmap_read_lock(struct mm_struct *mm);
 void kdp_mmap_read_unlock(struct mm_struct *mm);
 int kdp_map_count(const struct mm_struct *mm);
+bool kdp_mm_is_used(struct mm_struct *mm);
+bool kdp_current_may_use_mm(void);
 unsigned long kdp_map_anew(struct file *file, unsigned long address,
 			   unsigned long bytes, vm_flags_t flags,
 			   unsigned long pgoff);

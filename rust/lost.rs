@@ -7,17 +7,28 @@
 //! sends its thread the SIGBUS of a memory error, with the page's address and size (`kvm_handle_error_pfn()` in
 //! arch/x86/kvm/mmu/mmu.c); KVM_RUN then ends as for any signal.
 //!
-//! So when a vCPU touches a poisoned page of a memslot that asked for this, the page becomes an area of another kind in
-//! that process, in which nothing is ever mapped (ffi/remap.rs). KVM looks up the area again after a fault whose lock was
-//! dropped, and finds it (`hva_to_pfn()` in virt/kvm/kvm_main.c). The page becomes guest memory again at the first touch
-//! after it was healed.
+//! So a poisoned page of a memslot that asked for this becomes an area of another kind in each process, in which nothing is
+//! ever mapped (ffi/remap.rs). It becomes guest memory again at the first touch after it was healed.
 //!
-//! It takes two more areas for each lost page that a vCPU touches. Where there may be no more of them, KVM_RUN fails with
+//! That is done before the page is poisoned, by work that goes through the address spaces ([`Users`]); in between, the page
+//! is "closing": lost in the new areas, and memory still in the old ones. So no vCPU finds a poisoned page in memory: that
+//! could be helped (KVM looks up the area again after a fault whose lock was dropped, [`show_to_kvm`]), but then KVM takes
+//! the page for one that needs I/O, has its guest wait for it if the guest can (asynchronous page faults), and sends the
+//! signal when that is over, when the guest is doing something else. It is left for where a process is not known, or had
+//! no room.
+//!
+//! It takes two more areas for pages side by side that are lost. Where there may be no more of them, KVM_RUN fails with
 //! EFAULT, as in memslots that did not ask.
+//!
+//! # Locks
+//!
+//! `closing` (memslot/poison.rs) is held by whoever waits for that work. The work takes the turn, then the mmap lock
+//! (ffi/remap.rs), with nothing else held.
 
 use crate::{
     collapse,
     ffi::{
+        mm::Using,
         remap::{
             self,
             Kind,
@@ -28,13 +39,18 @@ use crate::{
             Mapping,
             Outcome, //
         },
+        work,
     },
     memslot::Memslot,
-    rules::touch::State,
+    rules::range::PageRange,
 };
 use kernel::{
     bindings::vm_flags_t,
-    mm::virt::flags,
+    mm::{
+        virt::flags,
+        Mm, //
+    },
+    prelude::*,
     sync::{
         atomic::{
             Atomic,
@@ -42,8 +58,65 @@ use kernel::{
         },
         Arc,
         ArcBorrow, //
-    }, //
+    },
+    workqueue::WorkItem, //
 };
+
+/// The number of the work that [`show_all`] starts.
+pub(crate) const SHOW: u64 = 1;
+
+/// An address space has an area of a memslot.
+pub(crate) fn opened(slot: ArcBorrow<'_, Memslot>, mm: &Mm) {
+    if !slot.poison_signals {
+        return;
+    }
+    slot.users.add(mm);
+    if !slot.pages.read().poison.is_empty() {
+        show_all(slot.into());
+    }
+}
+
+/// Has all pages that are lost, or closing, made areas of their own in all address spaces.
+pub(crate) fn show_all(slot: Arc<Memslot>) {
+    work::enqueue::<_, SHOW>(slot);
+}
+
+impl WorkItem<SHOW> for Memslot {
+    type Pointer = Arc<Memslot>;
+
+    fn run(slot: Arc<Memslot>) {
+        if let Err(e) = show(&slot) {
+            pr_warn!(
+                "memslot {}: lost pages cannot be shown to KVM: {e:?}\n",
+                slot.place.id
+            );
+        }
+    }
+}
+
+fn show(slot: &Memslot) -> Result {
+    let mut lost: KVec<PageRange> = KVec::new();
+    {
+        let pages = slot.pages.read();
+        for run in pages.poison.runs(0) {
+            let range = slot.range(run.first, run.count).ok_or(EINVAL)?;
+            lost.push(range, GFP_KERNEL_ACCOUNT)?;
+        }
+        if let Some(closing) = pages.closing() {
+            lost.push(closing, GFP_KERNEL_ACCOUNT)?;
+        }
+    }
+    for mm in &slot.users.living()? {
+        let Some(using) = Using::new(mm) else {
+            return Err(EINVAL);
+        };
+        for &range in &lost {
+            remap::turn_all(&using, &slot.remapper, slot.inode(), range, Kind::Lost);
+            work::yield_now();
+        }
+    }
+    Ok(())
+}
 
 /// That a page could not be made an area of the other kind: for the next fault of the page, which can still fail, where
 /// the one that tried had dropped its lock. If two threads fail at once each tries once more: relaxed.
@@ -106,7 +179,7 @@ impl Mapping for LostMapping {
     const HUGE: bool = false;
 
     fn fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
-        if slot.pages.read().state(fault.pgoff()) == State::Poisoned {
+        if slot.pages.read().is_lost(fault.pgoff()) {
             slot.stats.poisoned_touches().add(1);
             return Outcome::Poisoned;
         }

@@ -6,6 +6,7 @@
 //!
 //! In this order, all of them may be slept under:
 //!
+//! 0. `closing`: one party at a time poisons pages (memslot/poison.rs, lost.rs);
 //! 1. the turn to map a range anew, then the mmap or VMA lock (ffi/remap.rs); or the latter alone, if a
 //!    fault holds it;
 //! 2. `changes`: at most one party changes the states of the memslot's pages, so that a page is
@@ -24,6 +25,7 @@
 //! first file until the memslot is removed or the VM's last descriptor is closed.
 
 use crate::{
+    ahead,
     backing::Backing,
     fault::{
         BitmapMapping,
@@ -34,6 +36,7 @@ use crate::{
             FileOps,
             Inode, //
         },
+        mm::Users,
         remap::{
             Kind,
             Remapper, //
@@ -44,6 +47,7 @@ use crate::{
         vma::NewMapping, //
     },
     lost::{
+        self,
         Failure,
         LostMapping, //
     },
@@ -181,16 +185,26 @@ pub(crate) struct Memslot {
     /// A vCPU that touches a poisoned page gets the signal that it gets elsewhere; else an exit, or EFAULT.
     pub(crate) poison_signals: bool,
     pub(crate) lost_failure: Failure,
+    /// Who has areas of the memslot, if `poison_signals`.
+    #[pin]
+    pub(crate) users: Users,
+    /// Shows what is lost.
+    #[pin]
+    showing: Work<Memslot, { lost::SHOW }>,
+    /// One party at a time poisons pages.
+    #[pin]
+    closing: Mutex<()>,
     /// Reads ahead.
     #[pin]
-    ahead: Work<Memslot>,
+    ahead: Work<Memslot, { ahead::READ }>,
     #[pin]
     changes: Changes,
     pub(crate) pages: RwSem<Pages>,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Memslot { self.ahead }
+    impl HasWork<Self, { ahead::READ }> for Memslot { self.ahead }
+    impl HasWork<Self, { lost::SHOW }> for Memslot { self.showing }
 }
 
 impl Memslot {
@@ -218,6 +232,9 @@ impl Memslot {
                 remapper <- Remapper::new(),
                 poison_signals,
                 lost_failure: Failure::none(),
+                users <- Users::new(),
+                showing <- new_work!("kdp_show"),
+                closing <- new_mutex!((), "kdp_closing"),
                 ahead <- new_work!("kdp_ahead"),
                 changes <- Changes::new(),
                 pages,

@@ -71,6 +71,8 @@ pub(crate) struct Pages {
     supply: Option<Supply>,
     /// Counts for more than all else.
     pub(crate) poison: Poison,
+    /// What is going to be poisoned (lost.rs).
+    closing: Option<PageRange>,
 }
 
 /// A source, and which absent pages it has the bytes of.
@@ -118,6 +120,7 @@ impl Pages {
             pins: Tree::new()?,
             supply: None,
             poison: Poison::new()?,
+            closing: None,
         })
     }
 
@@ -180,6 +183,22 @@ impl Pages {
         } else {
             self.look_poisoned(page)
         }
+    }
+
+    /// What is going to be poisoned.
+    pub(crate) fn closing(&self) -> Option<PageRange> {
+        self.closing
+    }
+
+    /// This is, or nothing any more.
+    pub(crate) fn close(&mut self, range: Option<PageRange>) {
+        self.closing = range;
+    }
+
+    /// Whether a page is poisoned, or going to be.
+    pub(crate) fn is_lost(&self, page: u64) -> bool {
+        let is_closing = |range: PageRange| (range.first()..=range.last()).contains(&page);
+        self.closing.is_some_and(is_closing) || self.state(page) == State::Poisoned
     }
 
     /// Whether a page is to be filled with zeros before it can be present: also one that is poisoned, and may be healed.

@@ -8,14 +8,18 @@
  * number must follow the last one, and no line may say BAD.
  *
  * The kernel's command line may set kdp_mib, the size of that data in MiB, and kdp_cold, that of a second file which
- * is written and never read: most of a real guest's memory is not in use at any moment.
+ * is written and never read: most of a real guest's memory is not in use at any moment. With kdp_victim=1 a third
+ * process tells where a page of its memory is ("KDP-VICTIM 0xADDRESS", guest physical), reads it again and again from
+ * user mode, and tells of the signal that it gets when that page has a memory error ("KDP-SIGBUS code C lsb L").
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
@@ -118,6 +122,52 @@ static void verify(int fd, unsigned int blocks)
 	}
 }
 
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	(void)signal;
+	(void)context;
+	/* It came from the one access that this process makes: printf() is not under way. */
+	printf("KDP-SIGBUS code %d lsb %d\n", info->si_code, info->si_addr_lsb);
+	_exit(0);
+}
+
+/* The guest physical address of a page that is in memory (proc_pid_pagemap(5)). */
+static uint64_t physical(const void *page)
+{
+	const uint64_t frames = (1ULL << 55) - 1;
+	uint64_t entry;
+	int fd;
+
+	mkdir("/proc", 0755);
+	if (mount("proc", "/proc", "proc", 0, NULL))
+		die("mount of /proc");
+	fd = open("/proc/self/pagemap", O_RDONLY);
+	if (fd < 0 || pread(fd, &entry, sizeof(entry), (uintptr_t)page / 4096 * sizeof(entry)) != sizeof(entry))
+		die("/proc/self/pagemap");
+	close(fd);
+	return (entry & frames) * 4096;
+}
+
+static void victim(void)
+{
+	const struct timespec pause = { .tv_nsec = 10 * 1000000L };
+	struct sigaction action = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
+	volatile uint64_t *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE,
+				       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	if (page == MAP_FAILED || mlock((void *)page, 4096) || sigaction(SIGBUS, &action, NULL))
+		die("the victim's page");
+	for (size_t i = 0; i < 4096 / sizeof(*page); i++)
+		page[i] = word_at(i);
+	printf("KDP-VICTIM %#llx\n", (unsigned long long)physical((void *)page));
+	for (;;) {
+		for (size_t i = 0; i < 4096 / sizeof(*page); i++)
+			if (page[i] != word_at(i))
+				printf("KDP-VERIFY BAD word %zu of the victim\n", i);
+		clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+	}
+}
+
 static unsigned int wanted(const char *name, unsigned long otherwise)
 {
 	const char *text = getenv(name);
@@ -157,6 +207,8 @@ int main(void)
 	fill("/data/cold", blocks, cold);
 	printf("KDP-READY\n");
 
+	if (wanted("kdp_victim", 0) && fork() == 0)
+		victim();
 	switch (fork()) {
 	case -1:
 		die("fork");

@@ -475,6 +475,18 @@ impl Inode {
     }
 }
 
+impl Inode {
+    /// Whether a file, or none, is of this inode.
+    ///
+    /// # Safety
+    ///
+    /// `file` is valid or null.
+    pub(super) unsafe fn is_of(&self, file: *const bindings::file) -> bool {
+        // SAFETY: By the caller's promise; all files of the inode share its mapping.
+        unsafe { !file.is_null() && (*file).f_mapping == (*self.0.as_ptr()).i_mapping }
+    }
+}
+
 impl Drop for Inode {
     fn drop(&mut self) {
         // SAFETY: The reference is ours (type invariant) and not used again.

@@ -24,8 +24,10 @@ use super::{
     file::{
         borrow,
         FileOps,
+        Inode,
         RawFile, //
     },
+    mm::Using,
     task::current_number,
     vma::{
         Fault,
@@ -76,8 +78,9 @@ const KNOWN: vm_flags_t = flags::READ
     | flags::NORESERVE
     | PUT_BACK;
 
-/// madvise(MADV_DONTFORK) is the caller's, and QEMU's.
-const PUT_BACK: vm_flags_t = flags::DONTCOPY;
+/// What madvise() gives and mmap() does not: MADV_DONTFORK and MADV_HUGEPAGE are QEMU's.
+const PUT_BACK: vm_flags_t =
+    flags::DONTCOPY | flags::HUGEPAGE | flags::NOHUGEPAGE | flags::MERGEABLE;
 
 /// A process may have 65,530 areas (/proc/sys/vm/max_map_count). This many are left for others.
 const CROWDED: i32 = 32_768;
@@ -264,6 +267,93 @@ impl Mapped {
             areas,
         })
     }
+}
+
+/// Makes pages of a memslot areas of this kind wherever the current thread's address space has them as memory.
+pub(crate) fn turn_all(
+    _using: &Using<'_>,
+    remapper: &Remapper,
+    inode: &Inode,
+    range: PageRange,
+    kind: Kind,
+) {
+    // SAFETY: Always safe to call.
+    let mm = unsafe { c::kdp_current_mm() };
+    let mut from = 0;
+    // SAFETY: The thread uses this address space.
+    while let Some((file, place)) = unsafe { next_memory(mm, inode, range, from) } {
+        from = place.address + place.bytes;
+        if is_crowded(mm) {
+            return;
+        }
+        let turn = remapper.turn.lock();
+        // What has changed meanwhile is left to the page's own fault.
+        let _ = remapper.map(&turn, &file, &place, None, kind);
+    }
+}
+
+/// The first area from an address on that has some of these pages of a memslot as memory: what it has of them.
+///
+/// # Safety
+///
+/// The address space stays.
+unsafe fn next_memory(
+    mm: *mut bindings::mm_struct,
+    inode: &Inode,
+    range: PageRange,
+    from: usize,
+) -> Option<(RawFile, Mapped)> {
+    // SAFETY: By the caller's promise; the lock keeps the areas, and they their files.
+    unsafe {
+        c::kdp_mmap_read_lock(mm);
+        let mut at = from;
+        let found = loop {
+            let raw = bindings::find_vma(mm, at);
+            if raw.is_null() {
+                break None;
+            }
+            let vma = VmaRef::from_raw(raw);
+            if let Some((address, pages)) = overlap(vma, inode, range, from) {
+                let file = RawFile::another((*raw).vm_file);
+                let pgoff = c::kdp_vma_pgoff(raw) + (address - vma.start()) / PAGE_SIZE;
+                let place = Mapped {
+                    address,
+                    bytes: pages * PAGE_SIZE,
+                    pgoff: pgoff as u64,
+                    flags: vma.flags() & !flags::SOFTDIRTY,
+                    areas: 1,
+                };
+                break file.map(|file| (file, place));
+            }
+            at = vma.end();
+        };
+        c::kdp_mmap_read_unlock(mm);
+        found
+    }
+}
+
+/// Where an area has some of these pages of a memslot as memory, not below an address: the address, and how many.
+fn overlap(vma: &VmaRef, inode: &Inode, range: PageRange, from: usize) -> Option<(usize, usize)> {
+    // SAFETY: The area is valid as long as the reference is; its file is compared only.
+    let (is_ours, pgoff) = unsafe {
+        (
+            inode.is_of((*vma.as_ptr()).vm_file),
+            c::kdp_vma_pgoff(vma.as_ptr()) as u64,
+        )
+    };
+    let known = vma.flags() & !(KNOWN | flags::SOFTDIRTY) == 0;
+    if !is_ours || !known || vma.flags() & flags::PFNMAP == 0 {
+        return None;
+    }
+    let above = from.saturating_sub(vma.start()) / PAGE_SIZE;
+    let pages = (vma.end() - vma.start()) / PAGE_SIZE;
+    let first = range.first().max(pgoff + above as u64);
+    let end = (range.last() + 1).min(pgoff + pages as u64);
+    let count = end.checked_sub(first).filter(|&count| count > 0)?;
+    Some((
+        vma.start() + (first - pgoff) as usize * PAGE_SIZE,
+        count as usize,
+    ))
 }
 
 /// If a range consists of areas of the file with the same flags, all known: the flags, and how many

@@ -16,9 +16,12 @@ use core::marker::PhantomData;
 use kernel::{
     bindings,
     ffi::c_uint,
-    mm::virt::{
-        VmaNew,
-        VmaRef, //
+    mm::{
+        virt::{
+            VmaNew,
+            VmaRef, //
+        },
+        Mm, //
     },
     page::{
         Page,
@@ -316,6 +319,9 @@ pub(crate) trait Mapping: 'static {
     /// Whether blocks can be mapped by one entry.
     const HUGE: bool;
 
+    /// An address space has one more area of this kind. Its mmap lock is held for writing.
+    fn opened(_owner: ArcBorrow<'_, Self::Owner>, _mm: &Mm) {}
+
     /// A fault of one page.
     fn fault(owner: ArcBorrow<'_, Self::Owner>, fault: Fault<'_>) -> Outcome;
 
@@ -329,6 +335,7 @@ struct Ops<M>(PhantomData<M>);
 
 impl<M: Mapping> Ops<M> {
     const TABLE: bindings::vm_operations_struct = bindings::vm_operations_struct {
+        open: Some(Self::open),
         fault: Some(Self::fault),
         huge_fault: if M::HUGE {
             Some(Self::huge_fault)
@@ -356,6 +363,20 @@ impl<M: Mapping> Ops<M> {
             ArcBorrow::from_raw(owner.cast::<M::Owner>())
         };
         (owner, fault)
+    }
+
+    /// # Safety
+    ///
+    /// `vma` is an area that [`NewMapping::install`] set up for `M`, or a copy of one; its mmap lock is held.
+    unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
+        // SAFETY: By the caller's promise; `install()` put the owner there, from an `Arc` that the area's file holds.
+        let (owner, mm) = unsafe {
+            (
+                ArcBorrow::from_raw((*vma).vm_private_data.cast::<M::Owner>()),
+                Mm::from_raw((*vma).vm_mm),
+            )
+        };
+        M::opened(owner, mm);
     }
 
     /// # Safety
@@ -403,17 +424,14 @@ impl<'a, F: Send + Sync + 'static> NewMapping<'a, F> {
 
     /// Makes it a mapping of kind `M`.
     pub(crate) fn install<M: Mapping<Owner = F>>(self) {
+        let raw = self.vma.as_ptr();
         let owner: *const F = &*self.owner;
         // SAFETY: The area is new, so nobody else has it. The table is static. The owner outlives the
         // area (type invariant).
         unsafe {
-            c::kdp_vma_setup(
-                self.vma.as_ptr(),
-                M::FLAGS,
-                &Ops::<M>::TABLE,
-                owner.cast_mut().cast(),
-            )
-        };
+            c::kdp_vma_setup(raw, M::FLAGS, &Ops::<M>::TABLE, owner.cast_mut().cast());
+            Ops::<M>::open(raw);
+        }
     }
 
     /// Whether it is MAP_SHARED.

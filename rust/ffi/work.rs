@@ -15,7 +15,8 @@ use kernel::{
     },
     workqueue::{
         Queue,
-        RawWorkItem, //
+        RawWorkItem,
+        Work, //
     }, //
 };
 
@@ -68,6 +69,12 @@ where
         // An item that waits finds what it is for.
         drop(queue.enqueue(item));
     }
+}
+
+/// Waits until an item that was enqueued before has been worked on. Not to be called by that work.
+pub(crate) fn flush<T: ?Sized, const ID: u64>(work: &Work<T, ID>) {
+    // SAFETY: The item is valid, and was initialised when it was made.
+    unsafe { bindings::flush_work(Work::raw_get(work)) };
 }
 
 /// Lets others run, if they want to.

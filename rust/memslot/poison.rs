@@ -9,8 +9,10 @@ use super::{
 use crate::{
     ffi::{
         memory_failure::BadFrame,
-        task::is_being_killed, //
+        task::is_being_killed,
+        work, //
     },
+    lost,
     pages::Mode,
     rules::{
         collapse::BLOCK_PAGES,
@@ -21,11 +23,55 @@ use crate::{
         range::PageRange, //
     }, //
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::{
+        lock::{
+            mutex::MutexBackend,
+            Guard, //
+        },
+        Arc, //
+    }, //
+};
+
+/// A range that is being poisoned, where vCPUs are to learn of it by a signal. To KVM it is lost from here on.
+struct Closing<'a> {
+    memslot: &'a Memslot,
+    _turn: Guard<'a, (), MutexBackend>,
+}
+
+impl<'a> Closing<'a> {
+    fn new(memslot: &'a Arc<Memslot>, range: PageRange) -> Self {
+        let turn = memslot.closing.lock();
+        if memslot.poison_signals {
+            memslot.pages.write().close(Some(range));
+            lost::show_all(memslot.clone());
+            work::flush(&memslot.showing);
+        }
+        Self {
+            memslot,
+            _turn: turn,
+        }
+    }
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        if self.memslot.poison_signals {
+            self.memslot.pages.write().close(None);
+        }
+    }
+}
 
 impl Memslot {
     /// Poisons a range: it is unmapped from everybody, and who waits for it learns that its bytes are lost.
-    pub(crate) fn poison(&self, range: PageRange, cause: Cause, progress: &mut Progress) -> Result {
+    pub(crate) fn poison(
+        self: &Arc<Self>,
+        range: PageRange,
+        cause: Cause,
+        progress: &mut Progress,
+    ) -> Result {
+        let _closing = Closing::new(self, range);
         let _changes = self.changes.lock();
         let mut first = range.first();
         for part in range.chunks() {
@@ -95,7 +141,10 @@ impl Memslot {
 
     /// The kernel has found a memory error in a frame of the memslot's file: whether that is the frame of this page, whose
     /// bytes are lost then. Also those that are still to come would be in a bad frame.
-    pub(crate) fn memory_failed(&self, page: u64, frame: &BadFrame) -> Result<bool> {
+    pub(crate) fn memory_failed(self: &Arc<Self>, page: u64, frame: &BadFrame) -> Result<bool> {
+        // To whom that frame is another page's it makes no difference: the next touch brings it back.
+        let range = self.range(page, 1).ok_or(EINVAL)?;
+        let _closing = Closing::new(self, range);
         let _changes = self.changes.lock();
         let mut pages = self.pages.write();
         // Nobody has it mapped where it is not pinned. What has been punched out of the file is no longer found by its

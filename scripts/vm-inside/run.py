@@ -210,6 +210,11 @@ def virtme_args(args, kvm, stderr_fd):
         out += ["--show-boot-console", "--script-sh", ":"]
         qemu += ["-chardev", f"file,id=kdperr,path=/proc/self/fd/{stderr_fd}", "-device", "virtio-serial-pci"]
         qemu += ["-device", "virtserialport,name=kdp.stderr,chardev=kdperr"]
+        # QEMU's monitor, for tests that want a hardware error: it listens, and is its own client in the VM's name.
+        monitor = f"{HANDOVER}/monitor"
+        qemu += ["-chardev", f"socket,id=kdpmon,path={monitor},server=on,wait=off", "-mon", "kdpmon,mode=readline"]
+        qemu += ["-chardev", f"socket,id=kdpcmd,path={monitor}"]
+        qemu += ["-device", "virtserialport,name=kdp.monitor,chardev=kdpcmd"]
     return out + ["--qemu-opts", *qemu]
 
 

@@ -183,10 +183,10 @@ struct kdp_memslot_create {
  * A vCPU that touches a poisoned page gets what it gets elsewhere, for VMMs that
  * do not know us: KVM sends its thread SIGBUS with si_code BUS_MCEERR_AR, si_addr
  * in the page and si_addr_lsb 12, and KVM_RUN ends with EINTR as for any signal;
- * also in threads with exits on. It takes two more areas (vm.max_map_count) in the
- * VMM for each such page that a vCPU touches; when the VMM has more than 32768,
- * KVM_RUN fails with EFAULT instead; it may also where a page is healed and
- * poisoned again while a vCPU is in the middle of a fault on it. Without this flag a thread with exits on gets
+ * also in threads with exits on. It takes two more areas (vm.max_map_count) in each
+ * process that maps the memslot, for each range that is poisoned; where a VMM has
+ * more than 32768, KVM_RUN fails with EFAULT instead, as it may where a page is healed
+ * and poisoned again while a vCPU is in the middle of a fault on it. Without this flag a thread with exits on gets
  * an exit with KDP_EXIT_POISONED, and KVM_RUN of others fails with EFAULT.
  */
 #define KDP_MEMSLOT_POISON_SIGNAL	(1U << 1)

@@ -2,7 +2,10 @@
 
 //! What guests do, and what a thread that runs one does.
 
-use kdp_vmm::{guest_code, GuestProgram, MemoryFault, Stop, Vcpu, PORT_REPORT, PORT_TICK};
+use kdp_vmm::{
+    guest_code, GuestProgram, Machine, MemoryFault, Order, Stop, Touch, Vcpu, PORT_REPORT,
+    PORT_TICK,
+};
 
 use crate::check::Result;
 use crate::slot::{GPA, PAGE};
@@ -54,6 +57,12 @@ pub fn run_with(
 /// For guests of threads that have exits off.
 pub fn no_fault(fault: &MemoryFault) -> Result {
     fail!("KVM_RUN returned for a fault, and nobody asked it to: {fault:x?}")
+}
+
+/// Has a vCPU read every page of a range of the memslot, in order.
+pub fn read_pages(machine: &Machine, number: u64, from: u64, count: u64) -> Result {
+    let touch = Touch::new(GPA, Order::sequential(count)).first(from);
+    run(&mut machine.vcpu(number, &touch.program())?, no_fault).map(drop)
 }
 
 /// Reads the first word of each of these pages, and reports it.

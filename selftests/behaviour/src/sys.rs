@@ -271,6 +271,18 @@ pub enum Touched {
     },
 }
 
+impl Touched {
+    /// A SIGBUS at this address.
+    pub fn sigbus(code: i32, at: *const u64, lsb: u8) -> Self {
+        Self::Signal {
+            signal: libc::SIGBUS,
+            code,
+            address: at as u64,
+            lsb,
+        }
+    }
+}
+
 #[repr(C)]
 struct Probed {
     /// The value, or si_addr.

@@ -1,5 +1,6 @@
 //! A VM: one open of the device.
 
+use crate::waiter::timespec;
 use crate::{
     abi,
     event::{Event, Events, EVENT_SIZE},
@@ -8,7 +9,7 @@ use crate::{
     Error, Memfd, Memslot, MemslotBuilder, MemslotInfo, PageRange, Result,
 };
 use rustix::{
-    event::{poll, PollFd, PollFlags, Timespec},
+    event::{poll, PollFd, PollFlags},
     fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{fcntl_getfl, fcntl_setfl, open, Mode, OFlags},
     io::{read, Errno},
@@ -451,10 +452,7 @@ impl Vm {
 
     /// Wait until there is an event, or `timeout` is over; whether there is one.
     pub fn wait_event(&self, timeout: Option<Duration>) -> Result<bool> {
-        let timeout = timeout.map(|timeout| Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: timeout.subsec_nanos().into(),
-        });
+        let timeout = timeout.map(timespec);
         let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
         poll(&mut fds, timeout.as_ref())
             .map_err(|errno| Error::sys("poll", "the VM's fd", errno))?;

@@ -14,6 +14,14 @@ use rustix::{
 
 use crate::{Error, Result};
 
+/// A span of time, as system calls take it.
+pub(crate) fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: time.subsec_nanos().into(),
+    }
+}
+
 /// Waits until a file can be read, or another one, which says stop.
 ///
 /// For whoever reads a VM's events (or a userfaultfd's) in a loop. It is an epoll instance: the kernel is told once what
@@ -58,10 +66,7 @@ impl Waiter {
 
     /// Wait for at most `timeout`, or without an end.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<Ready> {
-        let timeout = timeout.map(|timeout| Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: timeout.subsec_nanos().into(),
-        });
+        let timeout = timeout.map(timespec);
         let mut ready = Vec::with_capacity(2);
         match epoll::wait(&self.epoll, spare_capacity(&mut ready), timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}

@@ -439,6 +439,8 @@ fn keeps_what_the_caller_set() -> Result {
     let bytes = (BLOCK * PAGE) as usize;
     // SAFETY: a part of the test's own mapping; what is not to be written is not written but to see that.
     unsafe {
+        // What QEMU does to all of a guest's memory.
+        sys::check(libc::madvise(block(0), 4 * bytes, libc::MADV_HUGEPAGE))?;
         sys::check(libc::madvise(block(1), bytes, libc::MADV_DONTFORK))?;
         sys::check(libc::mprotect(block(2), bytes, libc::PROT_READ))?;
     }

@@ -152,11 +152,7 @@ fn absent_page_splits_for_guests() -> Result {
     slot.vm.set_paging(ID, Paging::OnPresent)?;
     let machine = slot.machine()?;
     let before = kvm_pages()?;
-    let guest_reads = |number: u64, from: u64, count: u64| -> Result {
-        let touch = Touch::new(GPA, Order::sequential(count)).first(from);
-        let mut vcpu = machine.vcpu(number, &touch.program())?;
-        guest::run(&mut vcpu, guest::no_fault).map(drop)
-    };
+    let guest_reads = |number, from, count| guest::read_pages(&machine, number, from, count);
     guest_reads(0, 0, pages)?;
     ensure_eq!(kvm_pages()?.1 - before.1, BLOCKS, "entries of 2 MiB");
     let small = kvm_pages()?.0;

@@ -31,12 +31,7 @@ tests! {
 fn sigbus(slot_guest: *const u64) -> Touched {
     /// Nonexistent physical address.
     const BUS_ADRERR: i32 = 2;
-    Touched::Signal {
-        signal: libc::SIGBUS,
-        code: BUS_ADRERR,
-        address: slot_guest as u64,
-        lsb: 0,
-    }
+    Touched::sigbus(BUS_ADRERR, slot_guest, 0)
 }
 
 fn run_fails(mut vcpu: Vcpu) -> impl FnOnce() -> std::result::Result<Stop, String> + Send {

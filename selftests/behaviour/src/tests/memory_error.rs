@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::fs;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -36,6 +37,8 @@ tests! {
     "poison-error-for-guests" => for_guests,
     "poison-error-in-a-frame-that-is-not-ours" => in_a_frame_that_is_not_ours,
     "poison-error-while-blocks-come-and-go" => while_blocks_come_and_go,
+    // The kernel makes no frame good any more after it.
+    "poison-error-by-a-machine-check" => by_a_machine_check,
 }
 
 const INJECT: &str = "/sys/kernel/debug/hwpoison";
@@ -453,6 +456,51 @@ fn while_blocks_come_and_go() -> Result {
             slot.check(page, 1)?;
         }
         ensure_eq!(slot.vm.poisoned(ID)?.len(), victims.len(), "pages lost");
+    }
+    Ok(())
+}
+
+/// The way that an error really comes: a bank of the CPU has it, the kernel's machine check code finds it there, and
+/// hands it to memory_failure().
+fn by_a_machine_check() -> Result {
+    /// The emulator's monitor.
+    const MONITOR: &str = "/dev/virtio-ports/kdp.monitor";
+    /// How often the kernel looks into the banks, in seconds.
+    const INTERVAL: &str = "/sys/devices/system/machinecheck/machinecheck0/check_interval";
+    /// Valid, enabled, with an address; deferred: bad data that nobody has used yet. A DRAM error by its extended code
+    /// (AMD64 Architecture Programmer's Manual, volume 2, "Machine Check Architecture").
+    const STATUS: u64 = 0x9c00_1000_0008_0000;
+    /// The northbridge's bank (amd_mce_usable_address() in arch/x86/kernel/cpu/mce/amd.c).
+    const BANK: u32 = 4;
+    let is_amd = fs::read_to_string("/proc/cpuinfo")?.contains("AuthenticAMD");
+    if !fs::exists(MONITOR)? || !is_amd {
+        return skip("it needs a VM whose monitor is at hand, and an AMD CPU");
+    }
+    for backing in [Backing::Huge2M, Backing::Shmem] {
+        let slot = super::poison::present(backing, BLOCK, Paging::OnPresent)?;
+        let page = 123;
+        for page in 0..BLOCK {
+            slot.check(page, 1)?;
+        }
+        let address = frame(alias_of(&slot.alias, page))? * PAGE;
+        let usual = fs::read_to_string(INTERVAL)?;
+        fs::write(INTERVAL, "1")?;
+        let start = Instant::now();
+        let command = format!("mce 0 {BANK} {STATUS:#x} 0 {address:#x} 0\n");
+        fs::OpenOptions::new()
+            .write(true)
+            .open(MONITOR)?
+            .write_all(command.as_bytes())?;
+        let event = slot.event();
+        fs::write(INTERVAL, usual.trim())?;
+        check_event(&event?, page)?;
+        println!("{:?} from the error to the event", start.elapsed());
+        let at = slot.address(page);
+        ensure_eq!(sys::load(at), lost(at), "a read");
+        for page in (0..BLOCK).filter(|&other| other != page) {
+            slot.check(page, 1)?;
+        }
+        ensure_eq!(slot.vm.poisoned(ID)?, [bad(page)], "the list");
     }
     Ok(())
 }

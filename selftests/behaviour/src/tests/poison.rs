@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use kdp_vmm::{Order, Stop, Touch, Vcpu};
+use kdp_vmm::{Machine, Order, Stop, Touch, Vcpu};
 use kvm_demand_paging::{
     abi, Backing, Cause, FaultExit, PageRange, Paging, Poisoned, Reason, State,
 };
@@ -33,6 +33,7 @@ tests! {
     "poison-vcpu-signal-under-stress" => vcpu_signal_under_stress,
     "poison-vcpu-signal-leaves-the-rest" => vcpu_signal_leaves_the_rest,
     "poison-vcpu-signal-not-without-areas" => vcpu_signal_not_without_areas,
+    "poison-vcpu-signal-mapped-afterwards" => vcpu_signal_mapped_afterwards,
     "poison-in-every-process" => in_every_process,
     "poison-wakes-who-waits" => wakes_who_waits,
     "poison-never-mapped-shmem" => || never_mapped(Backing::Shmem),
@@ -63,12 +64,7 @@ fn heal(slot: &Slot, page: u64) -> Result {
 pub(super) fn lost(at: *const u64) -> Touched {
     /// Hardware memory error consumed on a machine check: action required.
     const BUS_MCEERR_AR: i32 = 4;
-    Touched::Signal {
-        signal: libc::SIGBUS,
-        code: BUS_MCEERR_AR,
-        address: at as u64,
-        lsb: 12,
-    }
+    Touched::sigbus(BUS_MCEERR_AR, at, 12)
 }
 
 /// A memslot whose pages are all there, in this version.
@@ -364,15 +360,16 @@ fn vcpu_signal_leaves_the_rest() -> Result {
         slot.check(page, 1)?;
     }
     let before = areas()?;
-    poison(&slot, 9)?;
     let mut vcpu = machine.vcpu(0, &guest::peek(&[9]))?;
     let running = areas()?;
-    run_into_loss(&mut vcpu, &slot, 9)?;
+    poison(&slot, 9)?;
     ensure_eq!(
         areas()?,
         running + 2,
         "areas of the process, with a lost page"
     );
+    run_into_loss(&mut vcpu, &slot, 9)?;
+    ensure_eq!(areas()?, running + 2, "areas of the process, told of it");
     heal(&slot, 9)?;
     for page in (0..pages).chain(0..pages) {
         slot.check(page, 1)?;
@@ -389,6 +386,64 @@ fn vcpu_signal_leaves_the_rest() -> Result {
     Ok(())
 }
 
+/// A VMM that maps the memslot when pages are lost already, as one does that was handed a list of them; and its child.
+fn vcpu_signal_mapped_afterwards() -> Result {
+    let pages = 2 * BLOCK;
+    let slot = signalling(Backing::Huge2M, pages, Paging::OnPresent)?;
+    let lost_pages = [3, 4, BLOCK + 9];
+    for page in lost_pages {
+        poison(&slot, page)?;
+    }
+    let other = Arc::new(slot.memslot.map()?);
+    let own_areas = || -> Result<usize> {
+        let maps = std::fs::read_to_string("/proc/self/maps")?;
+        Ok(maps
+            .lines()
+            .filter(|line| line.contains("kvm-demand-paging-memslot"))
+            .count())
+    };
+    // In the first mapping pages 3 and 4 became areas one after the other, in the second at once.
+    until("the lost pages are areas of their own", || {
+        Ok(own_areas()? == 6 + 5)
+    })?;
+    let machine = Machine::new(0)?;
+    machine.map(GPA, kdp_vmm::GuestMemory::Paged(other.clone()))?;
+    let at = |page: u64| {
+        other
+            .as_ptr()
+            .wrapping_add((page * PAGE) as usize)
+            .cast::<u64>()
+    };
+    for (number, page) in (0..).zip(lost_pages) {
+        let mut vcpu = machine.vcpu(number, &guest::peek(&[page]))?;
+        let stop = vcpu.run()?;
+        ensure!(
+            matches!(stop, Stop::Interrupted),
+            "KVM_RUN came to {stop:x?}"
+        );
+        ensure_eq!(
+            sys::bus_error(),
+            Some(lost(at(page))),
+            "what the thread was told"
+        );
+    }
+    drop(machine);
+    let inherited = slot.clone();
+    let mut child = Child::fork(move || {
+        for page in lost_pages {
+            let at = inherited.address(page);
+            ensure_eq!(sys::load(at), lost(at), "a read of the child");
+        }
+        inherited.check(5, 1)
+    })?;
+    child.join(PATIENCE)?;
+    slot.vm.heal(ID, &[PageRange::new(0, pages)])?;
+    for page in 0..pages {
+        slot.check(page, 1)?;
+    }
+    Ok(())
+}
+
 /// Where the process has too many areas, KVM_RUN fails as it does without the flag, and goes on when it has fewer.
 fn vcpu_signal_not_without_areas() -> Result {
     const AREAS: u64 = 34_000;
@@ -397,7 +452,6 @@ fn vcpu_signal_not_without_areas() -> Result {
     }
     let slot = signalling(Backing::Shmem, 64, Paging::OnPresent)?;
     let machine = slot.machine()?;
-    poison(&slot, 9)?;
     let mut vcpu = machine.vcpu(0, &guest::peek(&[9]))?;
     let many = reserve(AREAS)?;
     for page in (0..AREAS).step_by(2) {
@@ -411,6 +465,7 @@ fn vcpu_signal_not_without_areas() -> Result {
         };
         sys::check(ret)?;
     }
+    poison(&slot, 9)?;
     for _ in 0..3 {
         let failed = vcpu.run().map_err(|e| e.to_string());
         ensure!(
@@ -584,11 +639,7 @@ fn splits_only_its_block_for_guests() -> Result {
     let slot = present(Backing::Huge2M, pages, Paging::Off)?;
     let machine = slot.machine()?;
     let before = kvm_pages()?;
-    let guest_reads = |number: u64, from: u64, count: u64| -> Result {
-        let touch = Touch::new(GPA, Order::sequential(count)).first(from);
-        let mut vcpu = machine.vcpu(number, &touch.program())?;
-        guest::run(&mut vcpu, guest::no_fault).map(drop)
-    };
+    let guest_reads = |number, from, count| guest::read_pages(&machine, number, from, count);
     guest_reads(0, 0, pages)?;
     ensure_eq!(kvm_pages()?.1 - before.1, BLOCKS, "entries of 2 MiB");
     let page = 2 * BLOCK + 100;
