@@ -156,14 +156,14 @@ static void victim(void)
 				       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 
 	if (page == MAP_FAILED || mlock((void *)page, 4096) || sigaction(SIGBUS, &action, NULL))
-		die("the victim's page");
+		die("the page to lose");
 	for (size_t i = 0; i < 4096 / sizeof(*page); i++)
 		page[i] = word_at(i);
 	printf("KDP-VICTIM %#llx\n", (unsigned long long)physical((void *)page));
 	for (;;) {
 		for (size_t i = 0; i < 4096 / sizeof(*page); i++)
 			if (page[i] != word_at(i))
-				printf("KDP-VERIFY BAD word %zu of the victim\n", i);
+				printf("KDP-VERIFY BAD word %zu of the page to lose\n", i);
 		clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
 	}
 }

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use kdp_vmm::{Machine, Order, Stop, Touch, Vcpu};
+use kdp_vmm::{Machine, Stop, Vcpu};
 use kvm_demand_paging::{
     abi, Backing, Cause, FaultExit, PageRange, Paging, Poisoned, Reason, State,
 };
