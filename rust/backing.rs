@@ -32,6 +32,7 @@ use crate::{
     }, //
 };
 use kernel::{
+    error::code::EHWPOISON,
     page::PAGE_SHIFT,
     prelude::*, //
 };
@@ -165,7 +166,8 @@ impl Backing {
     }
 
     /// The frame of a page; pins its folio if that has not happened yet. ENOMEM if there is no memory
-    /// for it, or the limit is reached.
+    /// for it, or the limit is reached; EHWPOISON if it had a memory error before and is not poisoned: then
+    /// [`Memslot::examine`](crate::memslot::Memslot::examine) is to be called first.
     #[inline(always)]
     pub(crate) fn frame<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
         let (leaf, at, into) = self.locate(page);
@@ -182,6 +184,11 @@ impl Backing {
             Some(first) => first.add(into).is(frame),
             None => self.memfd.has_frame(self.offset + page, frame),
         }
+    }
+
+    /// Whether a page of the memfd can be read.
+    pub(crate) fn can_read(&self, page: u64) -> bool {
+        self.memfd.can_read(self.offset + page)
     }
 
     /// The page that is so far into the memfd; none if that is outside of `nr_pages` pages.
@@ -224,7 +231,12 @@ impl Backing {
                 pages.pins.insert(leaf, Pins::new()?)?;
             }
             let pins = pages.pins.get(leaf).ok_or(ENOMEM)?;
-            let pin = self.memfd.pin((leaf * PINS + at) as u64)?;
+            let granule = (leaf * PINS + at) as u64;
+            let pin = self.memfd.pin(granule)?;
+            let first = (granule << self.order()) - self.offset;
+            if pin.has_error() && !pages.poison.any_bad(first, 1 << self.order()) {
+                return Err(EHWPOISON);
+            }
             Ok(pins.insert(at, pin))
         })
     }

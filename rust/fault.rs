@@ -46,6 +46,7 @@ use crate::{
 };
 use kernel::{
     bindings::vm_flags_t,
+    error::code::EHWPOISON,
     mm::{
         virt::flags,
         Mm, //
@@ -186,7 +187,7 @@ fn page_fault<'a>(slot: ArcBorrow<'_, Memslot>, fault: Fault<'a>) -> Result<Outc
         drop(pages);
         return Ok(match outcome {
             Ok(outcome) => mapped(&slot, fault, page, 0, outcome),
-            Err(_) => cannot_pin(&slot, &fault, page),
+            Err(e) => unpinned(slot, fault, page, e),
         });
     }
     if state == State::Sourced {
@@ -290,6 +291,10 @@ fn fill<'a>(
                 _ => Ok(fail(&slot)),
             };
         }
+        Err(Unfilled::BadFolio) => {
+            drop(pages);
+            return Ok(examine(slot, fault, page));
+        }
         Err(why) => return Ok(unfilled(&slot, &fault, page, why)),
     };
     drop(pages);
@@ -334,7 +339,7 @@ fn serve<'a>(
         Verdict::Fail => Ok(fail(&slot)),
         Verdict::FillZero => match slot.fill_zero(page) {
             Ok(()) => Err(fault),
-            Err(_) => Ok(cannot_pin(&slot, &fault, page)),
+            Err(e) => Ok(unpinned(slot, fault, page, e)),
         },
         // It has become something else meanwhile.
         Verdict::Map | Verdict::Fetch => Err(fault),
@@ -359,6 +364,39 @@ fn poisoned(slot: &Memslot) -> Outcome {
 fn fail(slot: &Memslot) -> Outcome {
     slot.stats.sigbus().add(1);
     Outcome::Fail
+}
+
+/// A page could not be pinned.
+#[cold]
+#[inline(never)]
+fn unpinned(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64, error: Error) -> Outcome {
+    if error == EHWPOISON {
+        examine(slot, fault, page)
+    } else {
+        cannot_pin(&slot, &fault, page)
+    }
+}
+
+/// The page's folio had memory errors before it was pinned here: they are found, and the fault is retried.
+#[cold]
+fn examine(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64) -> Outcome {
+    if !fault.may_retry() {
+        return fail(&slot);
+    }
+    if fault.no_wait() {
+        return Outcome::RetryLocked;
+    }
+    // The mapping, and with it the memslot's file, may go meanwhile.
+    let slot: Arc<Memslot> = slot.into();
+    let is_guest = is_guest(&fault);
+    fault.release_lock();
+    // Without memory for it the retry tries again; who is killed does not come back.
+    let _ = slot.examine(page);
+    if is_guest {
+        Outcome::MappedUnlocked
+    } else {
+        Outcome::Retry
+    }
 }
 
 /// There is no memory for the page, or its owner may not pin more.

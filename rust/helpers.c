@@ -318,6 +318,7 @@ bool kdp_pfn_is_in_block(struct file *memfd, unsigned long pfn, pgoff_t index,
 	struct folio *folio = pfn_folio(pfn);
 
 	return folio_order(folio) >= order &&
+	       (folio_test_hugetlb(folio) || !folio_test_has_hwpoisoned(folio)) &&
 	       READ_ONCE(folio->mapping) == memfd->f_mapping &&
 	       folio->index + (pfn - folio_pfn(folio)) == index;
 }
@@ -391,6 +392,28 @@ bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index)
 	folio_unlock(folio);
 	folio_put(folio);
 	return found;
+}
+
+/*
+ * Whether the frame, which is pinned, had an error before; of a huge page, whether
+ * any of it had.
+ */
+bool kdp_pfn_has_error(unsigned long pfn)
+{
+	struct folio *folio = pfn_folio(pfn);
+
+	if (folio_test_hugetlb(folio))
+		return folio_test_hwpoison(folio);
+	return PageHWPoison(pfn_to_page(pfn));
+}
+
+/* Whether a page of a memfd can be read: the file knows which of a huge page can. */
+bool kdp_memfd_can_read(struct file *memfd, pgoff_t index)
+{
+	loff_t at = (loff_t)index << PAGE_SHIFT;
+	u8 byte;
+
+	return kernel_read(memfd, &byte, sizeof(byte), &at) != -EIO;
 }
 
 /* bits that are locks */

@@ -61,6 +61,8 @@ int kdp_pin_again(unsigned long pfn, unsigned int times);
 void kdp_unpin_pfn(unsigned long pfn);
 void kdp_zero_pfn(unsigned long pfn);
 unsigned long kdp_file_identity(struct file *file);
+bool kdp_pfn_has_error(unsigned long pfn);
+bool kdp_memfd_can_read(struct file *memfd, pgoff_t index);
 bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index);
 void *kdp_page_words(struct page *page);
 

@@ -71,7 +71,9 @@ pub(crate) fn opened(slot: ArcBorrow<'_, Memslot>, mm: &Mm) {
         return;
     }
     slot.users.add(mm);
-    if !slot.pages.read().poison.is_empty() {
+    let pages = slot.pages.read();
+    if !pages.poison.is_empty() || pages.closing().is_some() {
+        drop(pages);
         show_all(slot.into());
     }
 }

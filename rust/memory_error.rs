@@ -97,8 +97,7 @@ impl Listener for Memslots {
                 continue;
             };
             match memslot.memory_failed(page, &frame) {
-                Ok(true) => memslot.vm.events.poisoned(&memslot.place, page),
-                Ok(false) => (),
+                Ok(_) => (),
                 // It is unmapped; a touch may bring it back, and find the error anew.
                 Err(e) => pr_err!(
                     "memslot {}: page {page} has a memory error and cannot be poisoned: {e:?}\n",

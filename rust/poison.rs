@@ -63,6 +63,13 @@ impl Poison {
             .is_some_and(|lost| !may_heal(lost.cause))
     }
 
+    /// Whether the frame of one of these pages is.
+    pub(crate) fn any_bad(&self, first: u64, count: u64) -> bool {
+        self.pages(first)
+            .take_while(|&(page, _)| page < first + count)
+            .any(|(_, cause)| !may_heal(cause))
+    }
+
     /// The first page of a range that is.
     pub(crate) fn first(&self, range: PageRange) -> Option<u64> {
         if self.is_empty() {

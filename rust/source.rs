@@ -33,6 +33,7 @@ use crate::{
 };
 use core::ptr;
 use kernel::{
+    error::code::EHWPOISON,
     new_spinlock,
     page::PAGE_SHIFT,
     prelude::*,
@@ -86,6 +87,8 @@ pub(crate) enum Filled<'a> {
 pub(crate) enum Unfilled {
     /// It cannot be pinned.
     NoMemory,
+    /// Its folio is to be examined first ([`Memslot::examine`]).
+    BadFolio,
     /// It cannot be read.
     Unread(Error),
 }
@@ -161,7 +164,13 @@ impl Source {
         if present.is_set() {
             return Ok(Filled::Already);
         }
-        let frame: Pfn<'_> = slot.backing.frame(pages, page).map_err(no_memory)?;
+        let frame: Pfn<'_> = slot.backing.frame(pages, page).map_err(|e| {
+            if e == EHWPOISON {
+                Unfilled::BadFolio
+            } else {
+                Unfilled::NoMemory
+            }
+        })?;
         match fetched {
             Some(Fetched::Hole) => frame.zero(),
             Some(Fetched::Bytes(bytes)) => frame.fill(bytes),
@@ -193,7 +202,7 @@ impl Source {
                 Ok(())
             }
             Ok(_) => Ok(()),
-            Err(Unfilled::NoMemory) => Err(ENOMEM),
+            Err(Unfilled::NoMemory | Unfilled::BadFolio) => Err(ENOMEM),
             Err(Unfilled::Unread(e)) => Err(e),
         }
     }

@@ -85,6 +85,12 @@ impl Memfd {
         frame.place() == Some((self.identity(), index))
     }
 
+    /// Whether the page at `index` can be read: it has no memory error, as far as the kernel knows.
+    pub(crate) fn can_read(&self, index: u64) -> bool {
+        // SAFETY: The file is valid.
+        unsafe { c::kdp_memfd_can_read(self.file.as_ptr(), index as usize) }
+    }
+
     /// Pins the allocation of number `granule`, allocating it if it is a hole.
     pub(crate) fn pin(&self, granule: u64) -> Result<Pinned> {
         let mut pfn = 0;
@@ -138,6 +144,14 @@ impl Drop for Memfd {
 /// Holds a pin on the folio of `pfn`.
 pub(crate) struct Pinned {
     pfn: usize,
+}
+
+impl Pinned {
+    /// Whether the frame had a memory error before it was pinned; of hugetlb, whether any of the huge page had.
+    pub(crate) fn has_error(&self) -> bool {
+        // SAFETY: The frame is pinned (type invariant).
+        unsafe { c::kdp_pfn_has_error(self.pfn) }
+    }
 }
 
 impl Drop for Pinned {

@@ -13,7 +13,10 @@ use crate::{
         work, //
     },
     lost,
-    pages::Mode,
+    pages::{
+        Mode,
+        Pages, //
+    },
     rules::{
         collapse::BLOCK_PAGES,
         poison::{
@@ -142,20 +145,48 @@ impl Memslot {
     /// The kernel has found a memory error in a frame of the memslot's file: whether that is the frame of this page, whose
     /// bytes are lost then. Also those that are still to come would be in a bad frame.
     pub(crate) fn memory_failed(self: &Arc<Self>, page: u64, frame: &BadFrame) -> Result<bool> {
-        // To whom that frame is another page's it makes no difference: the next touch brings it back.
+        self.lose(page, |pages| self.backing.has_frame(pages, page, frame))
+    }
+
+    /// The folio of a page had errors before it came to be pinned: its bad pages are poisoned.
+    pub(crate) fn examine(self: &Arc<Self>, page: u64) -> Result {
+        let folio = self.range(page, 1).ok_or(EINVAL)?;
+        let (first, end) = self.backing.round_out(folio);
+        let mut found = false;
+        for page in first..end {
+            if is_being_killed() {
+                return Err(EINTR);
+            }
+            if !self.backing.can_read(page) {
+                found |= self.lose(page, |_| true)?;
+            }
+            work::yield_now();
+        }
+        // It is bad, and nobody knows where.
+        if !found {
+            self.lose(page, |_| true)?;
+        }
+        Ok(())
+    }
+
+    /// A page's frame is bad, if `is_so` says so: poisons it, and tells readers. Says whether it did.
+    fn lose(self: &Arc<Self>, page: u64, is_so: impl FnOnce(&Pages) -> bool) -> Result<bool> {
+        // If it is not so it makes no difference: the next touch brings the page back.
         let range = self.range(page, 1).ok_or(EINVAL)?;
         let _closing = Closing::new(self, range);
         let _changes = self.changes.lock();
         let mut pages = self.pages.write();
         // Nobody has it mapped where it is not pinned. What has been punched out of the file is no longer found by its
         // place there.
-        if pages.mode() == Mode::Removed || !self.backing.has_frame(&pages, page, frame) {
+        if pages.mode() == Mode::Removed || !is_so(&pages) {
             return Ok(false);
         }
         let added = pages.poison.add(page, Cause::Hardware);
         self.inode.unmap(page, 1);
         drop(pages);
         self.wake(page, page);
-        added.map(|_| true)
+        added?;
+        self.vm.events.poisoned(&self.place, page);
+        Ok(true)
     }
 }

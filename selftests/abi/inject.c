@@ -260,6 +260,28 @@ TEST_F(inject, mark_zero_present)
 	mark_injected(_metadata, self, KDP_STATE_ZERO, KDP_STATE_PRESENT);
 }
 
+TEST_F(inject, poison)
+{
+	while (inject_next(_metadata, &self->in)) {
+		struct marked m;
+
+		inject_on(&self->in);
+		m = kdp_poison(self->vm, 1, 5, 40);
+		inject_off(&self->in);
+		EXPECT_CLEAN(m.err);
+		if (m.err) {
+			/* However far it got: the call, made again, completes it. */
+			m = kdp_poison(self->vm, 1, 5, 40);
+			EXPECT_EQ(0, m.err);
+		} else {
+			EXPECT_EQ(40, m.changed);
+		}
+		m = kdp_heal(self->vm, 1, 0, PAGES);
+		EXPECT_EQ(0, m.err);
+		EXPECT_EQ(40, m.changed);
+	}
+}
+
 static void paging_injected(struct __test_metadata *_metadata, struct _test_data_inject *self,
 			    __u32 from, __u32 to)
 {

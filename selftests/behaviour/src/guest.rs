@@ -3,8 +3,8 @@
 //! What guests do, and what a thread that runs one does.
 
 use kdp_vmm::{
-    guest_code, GuestProgram, Machine, MemoryFault, Order, Stop, Touch, Vcpu, PORT_REPORT,
-    PORT_TICK,
+    guest_code, GuestProgram, Machine, MemoryFault, Order, Stop, Touch, Vcpu, MSR_ADDR,
+    MSR_MCG_STATUS, PORT_REPORT, PORT_TICK,
 };
 
 use crate::check::Result;
@@ -83,6 +83,46 @@ pub fn peek(pages: &[u64]) -> GuestProgram {
         .param(gpas.len() as u64)
         .params(&gpas)
 }
+
+/// The same; for a page that is lost it reports, by its machine check, where that is, and all ones. Its handler is
+/// [`PEEK_HANDLER`] bytes from its start.
+pub fn peek_or_lose(pages: &[u64]) -> GuestProgram {
+    let code = guest_code!(
+        // Two bytes.
+        "jmp 3f",
+        "mov r8, rcx",
+        "mov ecx, {address}",
+        "rdmsr",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "out {report}, al",
+        "mov ecx, {status}",
+        "xor eax, eax",
+        "xor edx, edx",
+        "wrmsr",
+        "mov rcx, r8",
+        // Behind the access, which is of three bytes.
+        "add qword ptr [rsp], 3",
+        "mov rax, -1",
+        "iretq",
+        "3: mov rcx, [rdi]",
+        "2: add rdi, 8",
+        "mov rsi, [rdi]",
+        "mov rax, [rsi]",
+        "out {report}, al",
+        "dec rcx",
+        "jnz 2b",
+        "hlt";
+        report = PORT_REPORT, address = MSR_ADDR, status = MSR_MCG_STATUS
+    );
+    let gpas: Vec<u64> = pages.iter().map(|&page| gpa(page)).collect();
+    GuestProgram::new(code)
+        .param(gpas.len() as u64)
+        .params(&gpas)
+}
+
+/// See [`peek_or_lose`].
+pub const PEEK_HANDLER: u64 = 2;
 
 /// Reads one page, writes a word to another and jumps into a third, where [`HALT`] must be. Reports what
 /// it has read.

@@ -53,6 +53,7 @@
 mod error;
 mod guest;
 mod machine;
+mod machine_check;
 mod memory;
 mod paging;
 pub mod session;
@@ -67,6 +68,7 @@ pub use guest::{
 };
 pub use kvm_demand_paging::Backing;
 pub use machine::{Machine, MAX_GPA, MAX_VCPUS, MIN_GPA, SCRATCH_GPA};
+pub use machine_check::{MSR_ADDR, MSR_MCG_STATUS};
 pub use memory::{backing_name, buffer, populate, BackingArg, GuestMemory, PAGE_SIZE};
 pub use paging::{pager, Counters, Handler, Memory, Mode, Pager, Stopper};
 pub use source::{fill_page, Image, Remote, Source};

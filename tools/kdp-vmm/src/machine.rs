@@ -6,6 +6,7 @@
 //! | address | what |
 //! |---|---|
 //! | 0x1000, 0x2000 | page tables: 512 GiB one to one, by pages of 1 GiB |
+//! | 0x3000, 0x4000 | descriptor tables, for programs that handle machine checks |
 //! | 0x10000 + 4096 n | the code of vCPU n |
 //! | 0x50000 + 4096 n | its parameters |
 //! | 0x90000 + 4096 n | its stack |
@@ -39,6 +40,8 @@ pub const MAX_GPA: u64 = 512 << 30;
 
 pub(crate) const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
+pub(crate) const GDT: u64 = 0x3000;
+pub(crate) const IDT: u64 = 0x4000;
 const CODE: u64 = 0x1_0000;
 const PARAMS: u64 = 0x5_0000;
 const STACK: u64 = 0x9_0000;
@@ -145,8 +148,8 @@ impl Machine {
             }
         }
         let at = number * PAGE_SIZE;
-        self.write_low(CODE + at, code)?;
-        self.write_low(PARAMS + at, &params)?;
+        self.inner.write_low(CODE + at, code)?;
+        self.inner.write_low(PARAMS + at, &params)?;
         let fd = self
             .inner
             .vm
@@ -172,9 +175,11 @@ impl Machine {
         low_part(&self.inner.low, gpa, to.len())?.copy_to(to);
         Ok(())
     }
+}
 
-    fn write_low(&self, gpa: u64, from: &[u8]) -> Result<()> {
-        low_part(&self.inner.low, gpa, from.len())?.copy_from(from);
+impl Inner {
+    pub(crate) fn write_low(&self, gpa: u64, from: &[u8]) -> Result<()> {
+        low_part(&self.low, gpa, from.len())?.copy_from(from);
         Ok(())
     }
 }

@@ -23,8 +23,10 @@ pub struct Vcpu {
     number: u64,
     // KVM may be able to, as far as is known.
     pre_faults: bool,
+    // Where its program is.
+    code: u64,
     // Keeps the memory that KVM has.
-    _machine: Arc<Inner>,
+    machine: Arc<Inner>,
 }
 
 pub(crate) struct Start {
@@ -120,13 +122,22 @@ impl Vcpu {
             fd,
             number,
             pre_faults: true,
-            _machine: machine,
+            code: start.code,
+            machine,
         })
     }
 
     /// Its number.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    pub(crate) fn code(&self) -> u64 {
+        self.code
+    }
+
+    pub(crate) fn machine(&self) -> &Inner {
+        &self.machine
     }
 
     /// kHz of the TSC that its guest reads.

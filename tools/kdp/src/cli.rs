@@ -229,8 +229,11 @@ pub struct PoisonArgs {
     /// They were lost where the guest came from
     #[arg(long)]
     pub inherited: bool,
+    /// Those that 'kdp list --json' printed where the guest came from: they are inherited
+    #[arg(long, value_name = "FILE", conflicts_with = "pages")]
+    pub list: Option<PathBuf>,
     /// A page of the memslot, or that page and those after it
-    #[arg(value_name = "PAGE[+COUNT]", required = true, value_parser = units::pages)]
+    #[arg(value_name = "PAGE[+COUNT]", required_unless_present = "list", value_parser = units::pages)]
     pub pages: Vec<PageRange>,
 }
 

@@ -5,10 +5,10 @@ use crate::{
     failure::{Context, Failure},
     fdinfo::{scan, Kind},
 };
-use kvm_demand_paging::{Cause, Poisoned, Vm};
+use kvm_demand_paging::{Cause, PageRange, Poisoned, Vm};
 use rustix::process::{pidfd_getfd, pidfd_open, Pid, PidfdFlags, PidfdGetfdFlags};
 use serde_json::json;
-use std::path::Path;
+use std::{fs, path::Path};
 
 pub fn poison(args: &PoisonArgs) -> Result<(), Failure> {
     let cause = if args.inherited {
@@ -16,11 +16,39 @@ pub fn poison(args: &PoisonArgs) -> Result<(), Failure> {
     } else {
         Cause::Emulated
     };
-    let changed = vm_of(&args.vm)?
-        .poison(args.vm.slot, &args.pages, cause)?
-        .changed;
+    let vm = vm_of(&args.vm)?;
+    let changed = match &args.list {
+        Some(path) => vm.inherit_poison(args.vm.slot, &read_list(path)?)?,
+        None => vm.poison(args.vm.slot, &args.pages, cause)?,
+    }
+    .changed;
     println!("{changed} pages poisoned");
     Ok(())
+}
+
+/// What `kdp list --json` printed.
+fn read_list(path: &Path) -> Result<Vec<Poisoned>, Failure> {
+    let text = fs::read_to_string(path).on(format_args!("cannot read {}", path.display()))?;
+    parse(&text).ok_or_else(|| {
+        Failure::Other(format!(
+            "{} is no list of poisoned pages: 'kdp list --json' prints one",
+            path.display()
+        ))
+    })
+}
+
+fn parse(text: &str) -> Option<Vec<Poisoned>> {
+    let list: serde_json::Value = serde_json::from_str(text).ok()?;
+    list.as_array()?
+        .iter()
+        .map(|run| {
+            let number = |key: &str| run.get(key)?.as_u64();
+            Some(Poisoned {
+                range: PageRange::new(number("first")?, number("count")?),
+                cause: Cause::Inherited,
+            })
+        })
+        .collect()
 }
 
 pub fn heal(args: &HealArgs) -> Result<(), Failure> {
@@ -120,7 +148,6 @@ fn vm_of(args: &VmArgs) -> Result<Vm, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvm_demand_paging::PageRange;
 
     #[test]
     fn a_list_for_people_and_for_programs() {
@@ -143,5 +170,26 @@ mod tests {
             json(&poisoned).to_string(),
             r#"[{"cause":"hardware","count":1,"first":7},{"cause":"inherited","count":20,"first":512}]"#
         );
+    }
+
+    #[test]
+    fn a_list_that_was_printed_can_be_read() {
+        let printed = r#"[{"cause":"hardware","count":1,"first":7},{"cause":"emulated","count":20,"first":512}]"#;
+        let ranges =
+            parse(printed).map(|list| list.iter().map(|run| run.range).collect::<Vec<_>>());
+        assert_eq!(
+            ranges,
+            Some(vec![PageRange::new(7, 1), PageRange::new(512, 20)])
+        );
+        assert_eq!(parse("[]"), Some(vec![]));
+        for wrong in [
+            "",
+            "{}",
+            "[1]",
+            r#"[{"first":7}]"#,
+            r#"[{"first":-1,"count":1}]"#,
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
     }
 }

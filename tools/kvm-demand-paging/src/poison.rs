@@ -61,6 +61,21 @@ impl Vm {
         self.change_poison(slot_id, ranges, 0, cause.encode())
     }
 
+    /// Poison what was poisoned where the guest came from ([`Vm::poisoned`] there): it is lost to the guest here, too.
+    pub fn inherit_poison(&self, slot_id: u32, list: &[Poisoned]) -> Result<Marked> {
+        let ranges: Vec<PageRange> = list.iter().map(|run| run.range).collect();
+        let mut sum = Marked {
+            done: 0,
+            changed: 0,
+        };
+        for ranges in ranges.chunks(abi::KDP_MAX_RANGES as usize) {
+            let marked = self.poison(slot_id, ranges, Cause::Inherited)?;
+            sum.done += marked.done;
+            sum.changed += marked.changed;
+        }
+        Ok(sum)
+    }
+
     /// Take the poison from pages, after right bytes were put there, or they were made absent.
     ///
     /// # Errors

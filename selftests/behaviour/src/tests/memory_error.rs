@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
+use kdp_vmm::Machine;
 use kvm_demand_paging::{
     AliasMap, Backing, Cause, Event, EventKind, Memfd, PageRange, Paging, Poisoned, State, Vm,
 };
@@ -33,6 +34,7 @@ tests! {
     "poison-error-beside-plain-hugetlb-of-1g" => || beside_plain(Backing::Huge1G, GIGANTIC),
     "poison-error-in-every-memslot" => in_every_memslot,
     "poison-error-in-an-absent-page" => in_an_absent_page,
+    "poison-error-before-the-memslot" => before_the_memslot,
     "poison-error-more-than-once" => more_than_once,
     "poison-error-for-guests" => for_guests,
     "poison-error-in-a-frame-that-is-not-ours" => in_a_frame_that_is_not_ours,
@@ -321,6 +323,56 @@ fn in_an_absent_page() -> Result {
             "a read of the page, marked present"
         );
         slot.no_event()?;
+    }
+    Ok(())
+}
+
+/// Memory that had errors before there was a memslot: no event told of them, and the first touch finds them, whoever's.
+fn before_the_memslot() -> Result {
+    for (backing, pages) in BACKINGS {
+        let errors = Errors::new()?;
+        let bad_pages = [5, pages - 3];
+        let memfd = Memfd::create("bad", backing, pages * PAGE)?;
+        let alias = memfd.map_all()?;
+        for page in 0..pages {
+            alias.write(page, &content::bytes(page, 1))?;
+        }
+        let frames = bad_pages.map(|page| frame(alias_of(&alias, page)));
+        drop(alias);
+        for frame in frames {
+            errors.inject(backing, frame?)?;
+        }
+        let vm = Vm::open()?;
+        let memslot = vm
+            .create_memslot(ID, &memfd)
+            .base_gfn(GPA / PAGE)
+            .create()?;
+        let guest = Arc::new(memslot.map()?);
+        let at = |page: u64| {
+            guest
+                .as_ptr()
+                .wrapping_add((page * PAGE) as usize)
+                .cast::<u64>()
+        };
+        let machine = Machine::new(0)?;
+        machine.map(GPA, kdp_vmm::GuestMemory::Paged(guest.clone()))?;
+        let ran = guest::run(&mut machine.vcpu(0, &guest::peek(&[6]))?, guest::no_fault)?;
+        ensure_eq!(ran.reports, [content::word(6, 1, 0)], "what a guest read");
+        for page in 0..pages {
+            let expected = if bad_pages.contains(&page) {
+                lost(at(page))
+            } else {
+                Touched::Value(content::word(page, 1, 0))
+            };
+            ensure_eq!(sys::load(at(page)), expected, "page {page}");
+        }
+        ensure_eq!(vm.poisoned(ID)?, bad_pages.map(bad), "the list");
+        // What the kernel found last may come to this memslot by its own way, and first.
+        let mut told = [next_event(&vm)?, next_event(&vm)?];
+        told.sort_by_key(|event| event.page);
+        for (event, page) in told.iter().zip(bad_pages) {
+            check_event(event, page)?;
+        }
     }
     Ok(())
 }

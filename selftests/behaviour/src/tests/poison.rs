@@ -28,6 +28,8 @@ tests! {
     "poison-system-call-fails" => system_call_fails,
     "poison-vcpu-exits" => vcpu_exits,
     "poison-vcpu-without-exits-fails" => vcpu_without_exits_fails,
+    "poison-vcpu-machine-check" => vcpu_machine_check,
+    "poison-handed-on" => handed_on,
     "poison-vcpu-signal" => vcpu_signal,
     "poison-vcpu-signal-with-exits-on" => vcpu_signal_with_exits_on,
     "poison-vcpu-signal-under-stress" => vcpu_signal_under_stress,
@@ -164,6 +166,85 @@ fn vcpu_exits() -> Result {
         let words = [8, 9, 10].map(|page| content::word(page, 1, 0));
         ensure_eq!(ran.reports, words, "what the guest read");
         ensure_eq!(slot.counter("exits")?, 3, "exits counted");
+    }
+    Ok(())
+}
+
+/// What a VMM makes of the exit: its guest takes a machine check, and learns from its CPU which page is lost.
+fn vcpu_machine_check() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = present(backing, pages, Paging::OnPresent)?;
+        let machine = slot.machine()?;
+        let lost_pages = [9, 11];
+        slot.vm
+            .poison(ID, &lost_pages.map(PageRange::page), Cause::Emulated)?;
+        let mut vcpu = machine.vcpu(0, &guest::peek_or_lose(&[8, 9, 10, 11, 12]))?;
+        vcpu.handle_machine_checks(guest::PEEK_HANDLER)?;
+        let exiting = slot.clone();
+        let task = Task::work(move || {
+            exiting.vm.set_vcpu_exits(true)?;
+            guest::run_with(&mut vcpu, |vcpu, fault| {
+                ensure_eq!(fault.flags, abi::KDP_EXIT_POISONED, "the exit's reason");
+                Ok(vcpu.inject_memory_error(fault.gpa)?)
+            })
+        })?;
+        let ran = task.join("the vCPU")?;
+        let word = |page| content::word(page, 1, 0);
+        let (first, second) = (guest::gpa(9), guest::gpa(11));
+        ensure_eq!(
+            ran.reports,
+            [
+                word(8),
+                first,
+                u64::MAX,
+                word(10),
+                second,
+                u64::MAX,
+                word(12)
+            ],
+            "what the guest read, and was told"
+        );
+        ensure_eq!(ran.faults.len(), 2, "exits");
+    }
+    Ok(())
+}
+
+/// A guest that goes to another VMM takes its losses with it: there they are inherited, whatever they were.
+fn handed_on() -> Result {
+    for (backing, pages) in BACKINGS {
+        let from = present(backing, pages, Paging::Off)?;
+        let lost_pages = [PageRange::new(3, 2), PageRange::page(40)];
+        from.vm.poison(ID, &lost_pages, Cause::Emulated)?;
+        let list = from.vm.poisoned(ID)?;
+        drop(from);
+
+        let to = present(backing, pages, Paging::OnPresent)?;
+        ensure_eq!(
+            to.vm.inherit_poison(ID, &list)?.changed,
+            3,
+            "pages poisoned"
+        );
+        ensure_eq!(
+            to.vm.poisoned(ID)?,
+            lost_pages.map(|range| Poisoned {
+                range,
+                cause: Cause::Inherited,
+            }),
+            "the list"
+        );
+        for page in 0..pages {
+            let at = to.address(page);
+            if [3, 4, 40].contains(&page) {
+                ensure_eq!(sys::load(at), lost(at), "a read of page {page}");
+            } else {
+                to.check(page, 1)?;
+            }
+        }
+        ensure_eq!(
+            to.vm.inherit_poison(ID, &[])?.changed,
+            0,
+            "pages of an empty list"
+        );
     }
     Ok(())
 }
