@@ -69,7 +69,7 @@ class Console:
         return [int(m.group(1)) for line in self.text() if (m := TICK.match(line))]
 
     def tail(self):
-        lines = self.text()[-150:]
+        lines = self.text()[-8:]
         return "the console's last lines:\n    " + "\n    ".join(lines) if lines else "the console is empty"
 
 

@@ -116,13 +116,10 @@ impl Poison {
 
     /// Whether all pages of a range may be healed: EHWPOISON if the frame of one is bad.
     pub(crate) fn check_heal(&self, range: PageRange) -> Result {
-        let mut inside = self
-            .pages(range.first())
-            .take_while(|&(page, _)| page <= range.last());
-        if inside.all(|(_, cause)| may_heal(cause)) {
-            Ok(())
-        } else {
+        if self.any_bad(range.first(), range.count()) {
             Err(EHWPOISON)
+        } else {
+            Ok(())
         }
     }
 

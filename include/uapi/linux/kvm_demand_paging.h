@@ -186,8 +186,9 @@ struct kdp_memslot_create {
  * also in threads with exits on. It takes two more areas (vm.max_map_count) in each
  * process that maps the memslot, for each range that is poisoned; where a VMM has
  * more than 32768, KVM_RUN fails with EFAULT instead, as it may where a page is healed
- * and poisoned again while a vCPU is in the middle of a fault on it. Without this flag a thread with exits on gets
- * an exit with KDP_EXIT_POISONED, and KVM_RUN of others fails with EFAULT.
+ * and poisoned again while a vCPU is in the middle of a fault on it. Without this flag
+ * a thread with exits on gets an exit with KDP_EXIT_POISONED, and KVM_RUN of others
+ * fails with EFAULT.
  */
 #define KDP_MEMSLOT_POISON_SIGNAL	(1U << 1)
 

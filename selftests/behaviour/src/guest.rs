@@ -65,6 +65,14 @@ pub fn read_pages(machine: &Machine, number: u64, from: u64, count: u64) -> Resu
     run(&mut machine.vcpu(number, &touch.program())?, no_fault).map(drop)
 }
 
+/// A program whose parameters are how many pages there are, and where.
+fn over(pages: &[u64], code: &'static [u8]) -> GuestProgram {
+    let gpas: Vec<u64> = pages.iter().map(|&page| gpa(page)).collect();
+    GuestProgram::new(code)
+        .param(gpas.len() as u64)
+        .params(&gpas)
+}
+
 /// Reads the first word of each of these pages, and reports it.
 pub fn peek(pages: &[u64]) -> GuestProgram {
     let code = guest_code!(
@@ -78,10 +86,7 @@ pub fn peek(pages: &[u64]) -> GuestProgram {
         "hlt";
         report = PORT_REPORT
     );
-    let gpas: Vec<u64> = pages.iter().map(|&page| gpa(page)).collect();
-    GuestProgram::new(code)
-        .param(gpas.len() as u64)
-        .params(&gpas)
+    over(pages, code)
 }
 
 /// The same; for a page that is lost it reports, by its machine check, where that is, and all ones. Its handler is
@@ -115,10 +120,7 @@ pub fn peek_or_lose(pages: &[u64]) -> GuestProgram {
         "hlt";
         report = PORT_REPORT, address = MSR_ADDR, status = MSR_MCG_STATUS
     );
-    let gpas: Vec<u64> = pages.iter().map(|&page| gpa(page)).collect();
-    GuestProgram::new(code)
-        .param(gpas.len() as u64)
-        .params(&gpas)
+    over(pages, code)
 }
 
 /// See [`peek_or_lose`].

@@ -1,11 +1,11 @@
 //! A VM: one open of the device.
 
-use crate::waiter::timespec;
 use crate::{
     abi,
     event::{Event, Events, EVENT_SIZE},
     memslot::Memslots,
     sys::{self, Command},
+    waiter::timespec,
     Error, Memfd, Memslot, MemslotBuilder, MemslotInfo, PageRange, Result,
 };
 use rustix::{

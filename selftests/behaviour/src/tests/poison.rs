@@ -249,6 +249,16 @@ fn handed_on() -> Result {
     Ok(())
 }
 
+/// KVM_RUN fails with EFAULT, and says no more.
+fn run_fails(vcpu: &mut Vcpu) -> Result {
+    let failed = vcpu.run().map_err(|e| e.to_string());
+    ensure!(
+        matches!(&failed, Err(e) if e.contains("Bad address")),
+        "KVM_RUN came to {failed:x?}"
+    );
+    Ok(())
+}
+
 /// A vCPU whose thread did not ask never gets at the page: KVM_RUN fails.
 fn vcpu_without_exits_fails() -> Result {
     for (backing, pages) in BACKINGS {
@@ -257,11 +267,7 @@ fn vcpu_without_exits_fails() -> Result {
         poison(&slot, 9)?;
         let mut vcpu = machine.vcpu(0, &guest::peek(&[9]))?;
         for _ in 0..3 {
-            let failed = vcpu.run().map_err(|e| e.to_string());
-            ensure!(
-                matches!(&failed, Err(e) if e.contains("Bad address")),
-                "KVM_RUN came to {failed:x?}"
-            );
+            run_fails(&mut vcpu)?;
         }
         heal(&slot, 9)?;
         let ran = guest::run(&mut vcpu, guest::no_fault)?;
@@ -548,11 +554,7 @@ fn vcpu_signal_not_without_areas() -> Result {
     }
     poison(&slot, 9)?;
     for _ in 0..3 {
-        let failed = vcpu.run().map_err(|e| e.to_string());
-        ensure!(
-            matches!(&failed, Err(e) if e.contains("Bad address")),
-            "KVM_RUN came to {failed:x?}"
-        );
+        run_fails(&mut vcpu)?;
     }
     // SAFETY: reserved by this test, and not used.
     sys::check(unsafe { libc::munmap(many.cast(), (AREAS * PAGE) as usize) })?;
