@@ -62,24 +62,37 @@ use kernel::{
     workqueue::WorkItem, //
 };
 
-/// The number of the work that [`show_all`] starts.
+/// The number of the work that [`show_more`] starts.
 pub(crate) const SHOW: u64 = 1;
 
-/// An address space has an area of a memslot.
+/// An address space has an area of a memslot: a new one, or a part or a copy of one. A part has what the whole had; a
+/// copy in a new process may have been made in between.
 pub(crate) fn opened(slot: ArcBorrow<'_, Memslot>, mm: &Mm) {
-    if !slot.poison_signals {
-        return;
-    }
-    slot.users.add(mm);
-    let pages = slot.pages.read();
-    if !pages.poison.is_empty() || pages.closing().is_some() {
-        drop(pages);
-        show_all(slot.into());
+    if slot.poison_signals && slot.users.add(mm) {
+        show_all(slot);
     }
 }
 
-/// Has all pages that are lost, or closing, made areas of their own in all address spaces.
-pub(crate) fn show_all(slot: Arc<Memslot>) {
+/// The user of a memslot maps it as memory.
+pub(crate) fn mapped(slot: ArcBorrow<'_, Memslot>) {
+    if slot.poison_signals {
+        show_all(slot);
+    }
+}
+
+/// Has all that is lost made areas of their own in all address spaces.
+fn show_all(slot: ArcBorrow<'_, Memslot>) {
+    let pages = slot.pages.read();
+    if !pages.poison.is_empty() || pages.closing().is_some() {
+        drop(pages);
+        slot.unshown.store(true, Relaxed);
+        show_more(slot.into());
+    }
+}
+
+/// Has the pages that are closing made areas of their own in all address spaces, and all that are lost, if somebody does
+/// not know of them.
+pub(crate) fn show_more(slot: Arc<Memslot>) {
     work::enqueue::<_, SHOW>(slot);
 }
 
@@ -100,9 +113,11 @@ fn show(slot: &Memslot) -> Result {
     let mut lost: KVec<PageRange> = KVec::new();
     {
         let pages = slot.pages.read();
-        for run in pages.poison.runs(0) {
-            let range = slot.range(run.first, run.count).ok_or(EINVAL)?;
-            lost.push(range, GFP_KERNEL_ACCOUNT)?;
+        if slot.unshown.xchg(false, Relaxed) {
+            for run in pages.poison.runs(0) {
+                let range = slot.range(run.first, run.count).ok_or(EINVAL)?;
+                lost.push(range, GFP_KERNEL_ACCOUNT)?;
+            }
         }
         if let Some(closing) = pages.closing() {
             lost.push(closing, GFP_KERNEL_ACCOUNT)?;

@@ -87,6 +87,7 @@ use kernel::{
     seq_file::SeqFile,
     seq_print,
     sync::{
+        atomic::Atomic,
         lock::{
             mutex::MutexBackend,
             Guard, //
@@ -188,6 +189,9 @@ pub(crate) struct Memslot {
     /// Who has areas of the memslot, if `poison_signals`.
     #[pin]
     pub(crate) users: Users,
+    /// Somebody has mapped the memslot, and does not know what is lost. Relaxed: work is enqueued after it is set, which is
+    /// a full barrier (test_and_set_bit() in queue_work_on()).
+    pub(crate) unshown: Atomic<bool>,
     /// Shows what is lost.
     #[pin]
     showing: Work<Memslot, { lost::SHOW }>,
@@ -233,6 +237,7 @@ impl Memslot {
                 poison_signals,
                 lost_failure: Failure::none(),
                 users <- Users::new(),
+                unshown: Atomic::new(false),
                 showing <- new_work!("kdp_show"),
                 closing <- new_mutex!((), "kdp_closing"),
                 ahead <- new_work!("kdp_ahead"),
@@ -627,8 +632,12 @@ impl FileOps for Memslot {
             mapping.install::<BitmapMapping>();
         } else {
             match this.remapper.kind() {
-                Kind::Memory => mapping.install::<MemoryMapping>(),
-                Kind::Lost => mapping.install::<LostMapping>(),
+                None => {
+                    mapping.install::<MemoryMapping>();
+                    lost::mapped(this);
+                }
+                Some(Kind::Memory) => mapping.install::<MemoryMapping>(),
+                Some(Kind::Lost) => mapping.install::<LostMapping>(),
             }
         }
         Ok(())

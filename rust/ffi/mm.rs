@@ -36,16 +36,17 @@ impl Users {
         })
     }
 
-    /// Notes one more, if there is memory for it.
-    pub(crate) fn add(&self, mm: &Mm) {
+    /// Notes one more, if there is memory for it; says whether it was unknown.
+    pub(crate) fn add(&self, mm: &Mm) -> bool {
         let mut spaces = self.spaces.lock();
         if spaces.iter().any(|known| known.as_raw() == mm.as_raw()) {
-            return;
+            return false;
         }
         // mmput() takes the mmap lock and may not be called here; mmdrop(), of those that are forgotten, may.
         spaces.retain(|mm| is_used(mm));
         // Without memory it is unknown, which its own faults make up for.
         let _ = spaces.push(mm.into(), GFP_KERNEL_ACCOUNT);
+        true
     }
 
     /// Those that are still there.

@@ -143,13 +143,14 @@ impl Remapper {
         self.thread.load(Relaxed) == current_number()
     }
 
-    /// What the area is to be that the current thread is mapping.
-    pub(crate) fn kind(&self) -> Kind {
-        if self.is_ours() && self.makes_lost.load(Relaxed) {
+    /// What the area is to be that the current thread is mapping anew; none if it is its user who maps.
+    pub(crate) fn kind(&self) -> Option<Kind> {
+        let kind = if self.makes_lost.load(Relaxed) {
             Kind::Lost
         } else {
             Kind::Memory
-        }
+        };
+        self.is_ours().then_some(kind)
     }
 
     /// Whether the range that is about to be replaced is still what it was.

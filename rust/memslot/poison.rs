@@ -48,7 +48,7 @@ impl<'a> Closing<'a> {
         let turn = memslot.closing.lock();
         if memslot.poison_signals {
             memslot.pages.write().close(Some(range));
-            lost::show_all(memslot.clone());
+            lost::show_more(memslot.clone());
             work::flush(&memslot.showing);
         }
         Self {
