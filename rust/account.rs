@@ -72,6 +72,11 @@ impl Account {
         }
     }
 
+    /// A folio that nobody pays for was pinned.
+    pub(crate) fn add(&self) {
+        self.counters.add(PINNED, 1);
+    }
+
     /// Whether somebody pays.
     pub(crate) fn is_charged(&self) -> bool {
         self.payer.is_some()

@@ -94,9 +94,7 @@ fn read(slot: &Memslot, source: &Arc<Source>, bite: &Bite) -> bool {
                     Ok(Filled::Already) => (),
                     Ok(Filled::NotCached) => break,
                     // Whoever touches the page is told.
-                    Err(Unfilled::NoMemory | Unfilled::BadFolio | Unfilled::Unread(_)) => {
-                        return false
-                    }
+                    Err(Unfilled::Unpinned(_) | Unfilled::Unread(_)) => return false,
                 }
             }
             page += 1;

@@ -17,6 +17,7 @@ use crate::{
             Frames,
             Memfd,
             Pfn,
+            Pinned,
             Pins,
             FRAMES,
             PINS, //
@@ -109,7 +110,7 @@ impl Backing {
     /// possible.
     pub(crate) fn pin_block(&self, pages: &Pages, page: u64, first: Pfn<'_>) -> bool {
         if !self.is_charged() {
-            return true;
+            return pages.moving(page).is_none();
         }
         let (leaf, ..) = self.locate(page);
         let Some(pins) = pages.pins.get(leaf) else {
@@ -174,7 +175,45 @@ impl Backing {
         if let Some(first) = pages.pins.get(leaf).and_then(|pins| pins.get(at)) {
             return Ok(first.add(into));
         }
+        self.frame_unpinned(pages, page)
+    }
+
+    /// The same, where there is no pin yet, or the page's huge page is being moved: then also
+    /// [`ON_ITS_WAY`](crate::moving::ON_ITS_WAY).
+    #[cold]
+    #[inline(never)]
+    fn frame_unpinned<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
+        if let Some(moving) = pages.moving(page) {
+            return moving.frame(page);
+        }
+        let (leaf, at, into) = self.locate(page);
         self.pin(pages, leaf, at).map(|first| first.add(into))
+    }
+
+    /// Takes out the pin of the folio that begins with a page, if there is one. It can be put back.
+    pub(crate) fn take_pin(&self, pages: &mut Pages, page: u64) -> Result<Option<Pinned>> {
+        let (leaf, at, _) = self.locate(page);
+        if pages.pins.get(leaf).is_none() {
+            pages.pins.insert(leaf, Pins::new()?)?;
+        }
+        Ok(pages.pins.get_mut(leaf).and_then(|pins| pins.take(at)))
+    }
+
+    /// Puts a pin where one can be. It may be counted already.
+    pub(crate) fn put_pin(&self, pages: &Pages, page: u64, pin: Pinned, is_counted: bool) {
+        let (leaf, at, _) = self.locate(page);
+        let Some(pins) = pages.pins.get(leaf) else {
+            return;
+        };
+        pins.insert(at, pin);
+        if !is_counted {
+            self.account.add();
+        }
+    }
+
+    /// A pin that was taken out is not put back.
+    pub(crate) fn dropped_pin(&self) {
+        self.account.unpinned(1);
     }
 
     /// Whether a frame is a page's: the one that is pinned for it, or else the one that the memfd has there.
@@ -182,7 +221,10 @@ impl Backing {
         let (leaf, at, into) = self.locate(page);
         match pages.pins.get(leaf).and_then(|pins| pins.get(at)) {
             Some(first) => first.add(into).is(frame),
-            None => self.memfd.has_frame(self.offset + page, frame),
+            None => match pages.moving(page) {
+                Some(moving) => moving.has_frame(page, frame),
+                None => self.memfd.has_frame(self.offset + page, frame),
+            },
         }
     }
 
@@ -223,8 +265,6 @@ impl Backing {
         frames
     }
 
-    #[cold]
-    #[inline(never)]
     fn pin<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<Pfn<'a>> {
         self.account.pin(|| {
             if pages.pins.get(leaf).is_none() {
@@ -290,7 +330,8 @@ impl Backing {
             let (from, to) = (first.max(start) - start, end.min(start + PINS) - start);
             if let Some(pins) = pages.pins.get_mut(leaf) {
                 count += pins.unpin(from, to);
-                if pins.next(0).is_none() {
+                // Where a pin was taken out it is put back.
+                if pins.next(0).is_none() && pages.any_moving().is_none() {
                     drop(pages.pins.remove(leaf));
                 }
             }

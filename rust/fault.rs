@@ -26,6 +26,7 @@ use crate::{
     },
     lost,
     memslot::Memslot,
+    moving::ON_ITS_WAY,
     pages::Pages,
     rules::{
         queue::EnterError,
@@ -291,11 +292,10 @@ fn fill<'a>(
                 _ => Ok(fail(&slot)),
             };
         }
-        Err(Unfilled::BadFolio) => {
+        Err(why) => {
             drop(pages);
-            return Ok(examine(slot, fault, page));
+            return Ok(unfilled(slot, fault, page, why));
         }
-        Err(why) => return Ok(unfilled(&slot, &fault, page, why)),
     };
     drop(pages);
     Ok(mapped(&slot, fault, page, 0, outcome))
@@ -372,6 +372,8 @@ fn fail(slot: &Memslot) -> Outcome {
 fn unpinned(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64, error: Error) -> Outcome {
     if error == EHWPOISON {
         examine(slot, fault, page)
+    } else if error == ON_ITS_WAY {
+        await_move(slot, fault)
     } else {
         cannot_pin(&slot, &fault, page)
     }
@@ -386,13 +388,38 @@ fn examine(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64) -> Outcome
     if fault.no_wait() {
         return Outcome::RetryLocked;
     }
+    // Without memory for it the retry tries again; who is killed does not come back.
+    unlocked(slot, fault, |slot| {
+        let _ = slot.examine(page);
+    })
+}
+
+/// The page is on its way to another frame: the fault is retried when it has arrived.
+#[cold]
+fn await_move(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
+    if !fault.may_retry() {
+        return fail(&slot);
+    }
+    if fault.no_wait() {
+        return Outcome::RetryLocked;
+    }
+    unlocked(slot, fault, |slot| slot.wait_for_move())
+}
+
+/// Does something without the fault's lock, and has the fault retried.
+fn unlocked(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'_>,
+    f: impl FnOnce(&Arc<Memslot>),
+) -> Outcome {
     // The mapping, and with it the memslot's file, may go meanwhile.
     let slot: Arc<Memslot> = slot.into();
     let is_guest = is_guest(&fault);
     fault.release_lock();
-    // Without memory for it the retry tries again; who is killed does not come back.
-    let _ = slot.examine(page);
+    f(&slot);
     if is_guest {
+        // KVM does not hear of an error that comes after the lock was dropped: it looks, and begins anew
+        // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). So it is made to look at once.
         Outcome::MappedUnlocked
     } else {
         Outcome::Retry
@@ -412,34 +439,24 @@ fn fetch(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, source: &Source, page: 
     // Once the lock is dropped nothing but a retry may follow: an error is for that one.
     match source.failure(page) {
         Some(e) if e == ENOMEM => return cannot_pin(&slot, &fault, page),
-        Some(e) => return unfilled(&slot, &fault, page, Unfilled::Unread(e)),
+        Some(e) => return unfilled(slot, fault, page, Unfilled::Unread(e)),
         None => (),
     }
-    // The mapping, and with it the memslot's file, may go meanwhile.
-    let slot: Arc<Memslot> = slot.into();
-    let is_guest = is_guest(&fault);
-    fault.release_lock();
-    source.fetch_for_touch(&slot, page);
-    if is_guest {
-        // KVM does not hear of an error that comes after the lock was dropped: it looks, and begins anew
-        // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). So it is made to look at once.
-        Outcome::MappedUnlocked
-    } else {
-        Outcome::Retry
-    }
+    unlocked(slot, fault, |slot| source.fetch_for_touch(slot, page))
 }
 
 /// A page was not filled from its source.
 #[cold]
-fn unfilled(slot: &Memslot, fault: &Fault<'_>, page: u64, why: Unfilled) -> Outcome {
-    let Unfilled::Unread(error) = why else {
-        return cannot_pin(slot, fault, page);
+fn unfilled(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64, why: Unfilled) -> Outcome {
+    let error = match why {
+        Unfilled::Unpinned(error) => return unpinned(slot, fault, page, error),
+        Unfilled::Unread(error) => error,
     };
-    prepare_exit(slot, fault, page, KDP_EXIT_SOURCE_ERROR);
+    prepare_exit(&slot, &fault, page, KDP_EXIT_SOURCE_ERROR);
     slot.stats.source_errors().add(1);
-    let touch = touch(slot, fault, page);
+    let touch = touch(&slot, &fault, page);
     slot.vm.events.notice(touch, page, error);
-    fail(slot)
+    fail(&slot)
 }
 
 /// Waits until the page is resolved. Gives the fault back if it need not wait after all.

@@ -28,6 +28,7 @@ use crate::{
         Name,
         Path, //
     },
+    replace,
     rules::{
         poison::Cause,
         range::PageRange,
@@ -71,6 +72,7 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_SOURCE => simple(arg, |a| source(vm, a)),
         KDP_CMD_POISON => with_answer(arg, |a| poison(vm, a)),
         KDP_CMD_POISON_LIST => with_answer(arg, |a| poison_list(vm, a)),
+        KDP_CMD_REPLACE => with_answer(arg, |a| replace_huge(vm, a)),
         _ => Err(ENOTTY),
     }
 }
@@ -129,7 +131,8 @@ fn info(arg: &mut kdp_info) -> Result {
             | KDP_FEATURE_ZERO
             | KDP_FEATURE_COLLAPSE
             | KDP_FEATURE_SOURCE
-            | KDP_FEATURE_POISON,
+            | KDP_FEATURE_POISON
+            | KDP_FEATURE_REPLACE,
     );
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
@@ -410,6 +413,18 @@ fn poison_list(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_poison_list) -> Result {
         Some(run) if runs.len() == room => run.first + run.count,
         _ => memslot.place.nr_pages,
     };
+    Ok(())
+}
+
+fn replace_huge(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_replace) -> Result {
+    check_unknown(arg.flags, 0, 0)?;
+    let memslot = vm.slot(arg.slot_id)?;
+    let memfd = Memfd::from_fd(arg.memfd)?;
+    let replaced = replace::replace(&memslot, arg.first, &memfd, arg.offset)?;
+    arg.copied = replaced.copied;
+    arg.lost = replaced.lost;
+    arg.healed = replaced.healed;
+    arg.errors = replaced.errors;
     Ok(())
 }
 

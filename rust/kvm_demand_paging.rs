@@ -24,10 +24,12 @@ mod ioctl;
 mod lost;
 mod memory_error;
 mod memslot;
+mod moving;
 mod notices;
 mod pages;
 mod path;
 mod poison;
+mod replace;
 mod source;
 mod stats;
 mod vcpu;
@@ -83,6 +85,8 @@ impl InPlaceModule for KvmDemandPaging {
         unsafe { path::NAMES.init() };
         // SAFETY: As above.
         unsafe { memory_error::INDEX.init() };
+        // SAFETY: As above.
+        unsafe { replace::TURN.init() };
         // SAFETY: As above.
         let kvm = unsafe { ffi::tracepoint::Watch::new() };
         try_pin_init!(Self {

@@ -16,7 +16,8 @@ use crate::{
         BadFrame,
         Listener, //
     },
-    memslot::Memslot, //
+    memslot::Memslot,
+    moving::Move, //
 };
 use kernel::{
     prelude::*,
@@ -37,9 +38,52 @@ pub(crate) struct Key {
     number: u64,
 }
 
+/// All memslots, and the huge page that is being moved (replace.rs).
+pub(crate) struct Index {
+    memslots: Option<RBTree<Key, Arc<Memslot>>>,
+    moving: Option<Arc<Move>>,
+}
+
 kernel::sync::global_lock! {
     // SAFETY: `init()` is called once, when the module is loaded.
-    pub(crate) unsafe(uninit) static INDEX: Mutex<Option<RBTree<Key, Arc<Memslot>>>> = None;
+    pub(crate) unsafe(uninit) static INDEX: Mutex<Index> = Index {
+        memslots: None,
+        moving: None,
+    };
+}
+
+impl Index {
+    /// The first memslot of a file from a number on, and its number.
+    fn next(&self, file: usize, number: u64) -> Option<(u64, Arc<Memslot>)> {
+        let memslots = self.memslots.as_ref()?;
+        let cursor = memslots.cursor_lower_bound(&Key { file, number })?;
+        let (key, memslot) = cursor.current();
+        (key.file == file).then(|| (key.number, memslot.clone()))
+    }
+}
+
+/// A huge page that is being moved. There is one at a time. Meanwhile neither its file nor that of the fresh one gets more
+/// memslots, and an error in its frames is an error in its pages.
+pub(crate) struct Registered(());
+
+impl Registered {
+    /// EBUSY if the file of the fresh one has memslots.
+    pub(crate) fn new(between: &Arc<Move>) -> Result<Self> {
+        let mut index = INDEX.lock();
+        if index.moving.is_some() || index.next(between.files[1], 0).is_some() {
+            return Err(EBUSY);
+        }
+        index.moving = Some(between.clone());
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // Dropped after the lock: it may hold the last pins.
+        let between = INDEX.lock().moving.take();
+        drop(between);
+    }
 }
 
 /// Numbers memslots; only uniqueness counts: relaxed.
@@ -55,8 +99,13 @@ impl Listed {
             file: memslot.backing.memfd().identity(),
             number: NEXT.fetch_add(1, Relaxed),
         };
-        INDEX
-            .lock()
+        let mut index = INDEX.lock();
+        let moving = index.moving.as_ref();
+        if moving.is_some_and(|moving| moving.files.contains(&key.file)) {
+            return Err(EBUSY);
+        }
+        index
+            .memslots
             .get_or_insert_with(RBTree::new)
             .try_create_and_insert(key, memslot.clone(), GFP_KERNEL_ACCOUNT)?;
         Ok(Self(key))
@@ -68,18 +117,24 @@ impl Drop for Listed {
         // Dropped after the lock: it may be the last of the memslot.
         let memslot = INDEX
             .lock()
+            .memslots
             .as_mut()
             .and_then(|index| index.remove(&self.0));
         drop(memslot);
     }
 }
 
-/// The first memslot of a file from a number on.
-fn next(file: usize, number: u64) -> Option<(Key, Arc<Memslot>)> {
-    let index = INDEX.lock();
-    let cursor = index.as_ref()?.cursor_lower_bound(&Key { file, number })?;
-    let (key, memslot) = cursor.current();
-    (key.file == file).then(|| (*key, memslot.clone()))
+/// Which page of which file a frame is.
+fn place(frame: &BadFrame) -> Option<(usize, u64)> {
+    let moving = INDEX.lock().moving.clone();
+    moving
+        .and_then(|moving| moving.place(frame))
+        .or_else(|| frame.place())
+}
+
+/// The next memslot of a file, and its number.
+pub(crate) fn next(file: usize, from: u64) -> Option<(u64, Arc<Memslot>)> {
+    INDEX.lock().next(file, from)
 }
 
 /// Who listens for errors.
@@ -87,12 +142,12 @@ pub(crate) struct Memslots;
 
 impl Listener for Memslots {
     fn on_error(frame: BadFrame) {
-        let Some((file, index)) = frame.place() else {
+        let Some((file, index)) = place(&frame) else {
             return;
         };
         let mut from = 0;
-        while let Some((key, memslot)) = next(file, from) {
-            from = key.number + 1;
+        while let Some((number, memslot)) = next(file, from) {
+            from = number + 1;
             let Some(page) = memslot.backing.page_at(index, memslot.place.nr_pages) else {
                 continue;
             };

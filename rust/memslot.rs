@@ -51,6 +51,7 @@ use crate::{
         Failure,
         LostMapping, //
     },
+    moving::ON_ITS_WAY,
     pages::{
         Mode,
         Pages,
@@ -111,6 +112,7 @@ use kernel::{
 use crate::ffi::rwsem::RwSem;
 
 mod poison;
+mod replace;
 
 /// Where the present bitmap begins in the file, in pages.
 const BITMAP_PGOFF: u64 = KDP_BITMAP_OFFSET >> PAGE_SHIFT;
@@ -479,11 +481,18 @@ impl Memslot {
 
     /// Switches demand paging.
     pub(crate) fn set_paging(&self, mode: Mode) -> Result {
-        let _changes = self.changes.lock();
         let whole = self.whole()?;
-        if mode != (Mode::On { default: false }) {
-            self.fill_all_zero()?;
-        }
+        let fill = mode != (Mode::On { default: false });
+        let _changes = loop {
+            let changes = self.changes.lock();
+            match fill.then(|| self.fill_all_zero()) {
+                Some(Err(e)) if e == ON_ITS_WAY => (),
+                Some(Err(e)) => return Err(e),
+                None | Some(Ok(())) => break changes,
+            }
+            drop(changes);
+            self.wait_for_move();
+        };
         let mut pages = self.pages.write();
         if pages.mode() == Mode::Removed {
             return Err(ENOENT);

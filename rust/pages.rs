@@ -19,6 +19,7 @@ use crate::{
         },
         tree::Tree, //
     },
+    moving::Moving,
     poison::Poison,
     rules::{
         bits::{
@@ -73,6 +74,8 @@ pub(crate) struct Pages {
     pub(crate) poison: Poison,
     /// What is going to be poisoned (lost.rs).
     closing: Option<PageRange>,
+    /// A huge page that is being moved.
+    moving: Option<KBox<Moving>>,
 }
 
 /// A source, and which absent pages it has the bytes of.
@@ -121,6 +124,7 @@ impl Pages {
             supply: None,
             poison: Poison::new()?,
             closing: None,
+            moving: None,
         })
     }
 
@@ -195,10 +199,35 @@ impl Pages {
         self.closing = range;
     }
 
+    /// The huge page that is being moved, if a page is of it.
+    pub(crate) fn moving(&self, page: u64) -> Option<&Moving> {
+        self.moving.as_deref().filter(|moving| moving.covers(page))
+    }
+
+    /// The huge page that is being moved.
+    pub(crate) fn any_moving(&self) -> Option<&Moving> {
+        self.moving.as_deref()
+    }
+
+    /// The same, to move on.
+    pub(crate) fn any_moving_mut(&mut self) -> Option<&mut Moving> {
+        self.moving.as_deref_mut()
+    }
+
+    /// This one is being moved from now on, or none; returns what was before.
+    pub(crate) fn set_moving(&mut self, moving: Option<KBox<Moving>>) -> Option<KBox<Moving>> {
+        core::mem::replace(&mut self.moving, moving)
+    }
+
     /// Whether a page is poisoned, or going to be.
     pub(crate) fn is_lost(&self, page: u64) -> bool {
         let is_closing = |range: PageRange| (range.first()..=range.last()).contains(&page);
         self.closing.is_some_and(is_closing) || self.state(page) == State::Poisoned
+    }
+
+    /// Whether a page is present, also one that is poisoned besides.
+    pub(crate) fn is_present_beneath(&self, page: u64) -> bool {
+        self.look_healthy(page).0 == State::Present
     }
 
     /// Whether a page is to be filled with zeros before it can be present: also one that is poisoned, and may be healed.

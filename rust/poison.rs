@@ -21,7 +21,8 @@ use crate::{
         range::{
             PageRange,
             WORD_PAGES, //
-        }, //
+        },
+        replace::in_good_frame, //
     }, //
 };
 use kernel::{
@@ -121,6 +122,20 @@ impl Poison {
         } else {
             Ok(())
         }
+    }
+
+    /// The frame of a page is good now. Says whether its bytes are lost all the same, if the frame was bad.
+    pub(crate) fn settle(&mut self, page: u64, was_present: bool) -> Option<bool> {
+        let lost = self.lost.get_mut(page as usize)?;
+        if may_heal(lost.cause) {
+            return None;
+        }
+        let cause = in_good_frame(lost.cause, was_present);
+        match cause {
+            Some(cause) => lost.cause = cause,
+            None => drop(self.lost.remove(page as usize)),
+        }
+        Some(cause.is_some())
     }
 
     /// Takes the first page of a range out; none if there is none.

@@ -25,6 +25,7 @@ use crate::{
         trace, //
     },
     memslot::Memslot,
+    moving::ON_ITS_WAY,
     pages::Pages,
     rules::{
         stream::Streams,
@@ -33,7 +34,6 @@ use crate::{
 };
 use core::ptr;
 use kernel::{
-    error::code::EHWPOISON,
     new_spinlock,
     page::PAGE_SHIFT,
     prelude::*,
@@ -85,10 +85,8 @@ pub(crate) enum Filled<'a> {
 
 /// Why a page was not filled.
 pub(crate) enum Unfilled {
-    /// It cannot be pinned.
-    NoMemory,
-    /// Its folio is to be examined first ([`Memslot::examine`]).
-    BadFolio,
+    /// It cannot be pinned, as [`Backing::frame`](crate::backing::Backing::frame) says.
+    Unpinned(Error),
     /// It cannot be read.
     Unread(Error),
 }
@@ -157,20 +155,16 @@ impl Source {
         page: u64,
         fetched: Option<&Fetched>,
     ) -> Result<Filled<'a>, Unfilled> {
-        let no_memory = |_| Unfilled::NoMemory;
-        let present = pages.present_bit(page).map_err(no_memory)?;
+        let present = pages.present_bit(page).map_err(Unfilled::Unpinned)?;
         let _filling = self.filling.lock(page);
         // As long as the caller has `pages`, that is the only other state that a sourced page comes to.
         if present.is_set() {
             return Ok(Filled::Already);
         }
-        let frame: Pfn<'_> = slot.backing.frame(pages, page).map_err(|e| {
-            if e == EHWPOISON {
-                Unfilled::BadFolio
-            } else {
-                Unfilled::NoMemory
-            }
-        })?;
+        let frame: Pfn<'_> = slot
+            .backing
+            .frame(pages, page)
+            .map_err(Unfilled::Unpinned)?;
         match fetched {
             Some(Fetched::Hole) => frame.zero(),
             Some(Fetched::Bytes(bytes)) => frame.fill(bytes),
@@ -202,7 +196,9 @@ impl Source {
                 Ok(())
             }
             Ok(_) => Ok(()),
-            Err(Unfilled::NoMemory | Unfilled::BadFolio) => Err(ENOMEM),
+            // The retry sees to it.
+            Err(Unfilled::Unpinned(e)) if e == ON_ITS_WAY => Ok(()),
+            Err(Unfilled::Unpinned(_)) => Err(ENOMEM),
             Err(Unfilled::Unread(e)) => Err(e),
         }
     }

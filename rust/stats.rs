@@ -46,6 +46,8 @@ counters! {
     source_ahead => "source-ahead",
     /// Touches that a source failed.
     source_errors => "source-errors",
+    /// Huge pages that were replaced by a call for this memslot.
+    replaced => "replaced",
     /// Touches of poisoned pages that ended in SIGBUS or EFAULT.
     poisoned_touches => "poisoned-touches",
     /// Touches that failed.

@@ -147,6 +147,27 @@ pub(crate) struct Pinned {
 }
 
 impl Pinned {
+    /// The frame.
+    pub(crate) fn frame(&self) -> Pfn<'_> {
+        Pfn {
+            number: self.pfn,
+            _pinned: PhantomData,
+        }
+    }
+
+    /// Whether another pin is on the same folio, by the same page of it.
+    pub(crate) fn is_of(&self, other: &Self) -> bool {
+        self.pfn == other.pfn
+    }
+
+    /// Pins it once more.
+    pub(crate) fn again(&self) -> Result<Self> {
+        // SAFETY: The folio is pinned (type invariant).
+        to_result(unsafe { c::kdp_pin_again(self.pfn, 1) })?;
+        // INVARIANT: Just pinned.
+        Ok(Self { pfn: self.pfn })
+    }
+
     /// Whether the frame had a memory error before it was pinned; of hugetlb, whether any of the huge page had.
     pub(crate) fn has_error(&self) -> bool {
         // SAFETY: The frame is pinned (type invariant).
@@ -329,16 +350,18 @@ impl Pins {
         (from..PINS).find(|&at| self.frames[at].load(Relaxed) != 0)
     }
 
+    /// Takes the pin of an allocation out, if it is pinned.
+    pub(crate) fn take(&mut self, at: usize) -> Option<Pinned> {
+        let raw = core::mem::replace(self.frames[at].get_mut(), 0);
+        // INVARIANT: The pin was the array's (type invariant).
+        (raw != 0).then_some(Pinned { pfn: raw >> 1 })
+    }
+
     /// Unpins allocations `first` to before `end`; returns how many were pinned.
     pub(crate) fn unpin(&mut self, first: usize, end: usize) -> usize {
         let mut count = 0;
-        for frame in &mut self.frames[first..end] {
-            let raw = core::mem::replace(frame.get_mut(), 0);
-            if raw != 0 {
-                // INVARIANT: The pin was the array's (type invariant).
-                drop(Pinned { pfn: raw >> 1 });
-                count += 1;
-            }
+        for at in first..end {
+            count += usize::from(self.take(at).is_some());
         }
         count
     }

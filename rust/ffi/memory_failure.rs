@@ -9,6 +9,7 @@
 
 use super::{
     c,
+    memfd::Pfn,
     work, //
 };
 use core::{
@@ -49,6 +50,11 @@ pub(crate) struct BadFrame {
 }
 
 impl BadFrame {
+    /// How many frames it is after another one, if it is not before it.
+    pub(crate) fn since(&self, first: Pfn<'_>) -> Option<u64> {
+        self.number.checked_sub(first.number).map(|n| n as u64)
+    }
+
     /// The identity of the file whose page it is, and which one; none if it is in no page cache.
     pub(crate) fn place(&self) -> Option<(usize, u64)> {
         let (mut file, mut index) = (0, 0);

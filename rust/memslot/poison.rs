@@ -170,7 +170,11 @@ impl Memslot {
     }
 
     /// A page's frame is bad, if `is_so` says so: poisons it, and tells readers. Says whether it did.
-    fn lose(self: &Arc<Self>, page: u64, is_so: impl FnOnce(&Pages) -> bool) -> Result<bool> {
+    pub(super) fn lose(
+        self: &Arc<Self>,
+        page: u64,
+        is_so: impl FnOnce(&Pages) -> bool,
+    ) -> Result<bool> {
         // If it is not so it makes no difference: the next touch brings the page back.
         let range = self.range(page, 1).ok_or(EINVAL)?;
         let _closing = Closing::new(self, range);

@@ -14,6 +14,7 @@ pub mod poison;
 pub mod poll;
 pub mod queue;
 pub mod range;
+pub mod replace;
 pub mod stage2;
 pub mod stream;
 pub mod stripe;

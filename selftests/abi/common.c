@@ -3,6 +3,7 @@
 #include "test.h"
 
 #define SLOT	7
+#define HUGE_SLOT	2
 #define PAGES	64
 
 union arg {
@@ -21,6 +22,7 @@ union arg {
 	struct kdp_source source;
 	struct kdp_poison poison;
 	struct kdp_poison_list list;
+	struct kdp_replace replace;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -44,6 +46,7 @@ static const struct call {
 	{ "KDP_SOURCE", KDP_SOURCE, sizeof(struct kdp_source), KDP_SOURCE_ADD, false },
 	{ "KDP_POISON", KDP_POISON, sizeof(struct kdp_poison), KDP_POISON_HEAL, true },
 	{ "KDP_POISON_LIST", KDP_POISON_LIST, sizeof(struct kdp_poison_list), 0, true },
+	{ "KDP_REPLACE", KDP_REPLACE, sizeof(struct kdp_replace), 0, true },
 };
 
 #define for_each_call(c) \
@@ -52,6 +55,7 @@ static const struct call {
 FIXTURE(abi) {
 	int vm;
 	int memfd;
+	int huge_memfd;
 	__u32 next_id;
 	bool has_exits;
 	struct kdp_range range;
@@ -76,6 +80,14 @@ FIXTURE_SETUP(abi)
 	ASSERT_EQ(0, kdp_info(self->vm, &info));
 	self->has_exits = info.features & KDP_FEATURE_EXITS;
 	slot_new(_metadata, self->vm, SLOT, PAGES, KDP_MEMSLOT_PAGING);
+	self->huge_memfd = memfd_sealed(MFD_HUGETLB | MFD_HUGE_2MB, 512, F_SEAL_SHRINK);
+	if (self->huge_memfd >= 0) {
+		struct kdp_memslot_create create = good_create(_metadata, HUGE_SLOT, 512);
+
+		create.memfd = memfd_sealed(MFD_HUGETLB | MFD_HUGE_2MB, 512, F_SEAL_SHRINK);
+		ASSERT_EQ(0, kdp_create(self->vm, &create));
+		close(create.memfd);
+	}
 }
 
 FIXTURE_TEARDOWN(abi)
@@ -140,11 +152,19 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 		a->list.count = 1;
 		a->list.poisoned = (uintptr_t)&self->poisoned;
 		break;
+	case KDP_REPLACE:
+		a->replace.slot_id = HUGE_SLOT;
+		a->replace.memfd = self->huge_memfd;
+		break;
 	}
 }
 
-/* Without KVM, KDP_VCPU_EXITS has no good argument. */
-#define skip_call(c) ((c)->cmd == KDP_VCPU_EXITS && !self->has_exits)
+/* What a call comes to in which nothing is wrong: there is no memory error to replace a page for. */
+#define ends(c) ((c)->cmd == KDP_REPLACE ? ENXIO : 0)
+
+/* Without KVM, KDP_VCPU_EXITS has no good argument; without hugetlb, KDP_REPLACE has none. */
+#define skip_call(c) (((c)->cmd == KDP_VCPU_EXITS && !self->has_exits) ||	\
+		      ((c)->cmd == KDP_REPLACE && self->huge_memfd < 0))
 
 TEST_F(abi, size_exact)
 {
@@ -152,7 +172,7 @@ TEST_F(abi, size_exact)
 		if (skip_call(c))
 			continue;
 		good(_metadata, self, c, self->arg);
-		EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
 	}
 }
 
@@ -177,7 +197,7 @@ TEST_F(abi, size_above_with_zero_tail)
 				continue;
 			good(_metadata, self, c, self->arg);
 			self->arg->size = sizes[i];
-			EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg))
+			EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg))
 				TH_LOG("%s, size %u", c->name, sizes[i]);
 		}
 	}
@@ -211,7 +231,7 @@ TEST_F(abi, size_above_with_nonzero_tail_is_e2big)
 			/* Beyond the size nobody may look. */
 			self->arg->size = c->size + at[i];
 			if (!skip_call(c)) {
-				EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg))
+				EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg))
 					TH_LOG("%s, %u bytes too long", c->name, at[i]);
 			}
 		}
@@ -285,7 +305,7 @@ TEST_F(abi, arg_readonly_is_enough_without_outputs)
 			continue;
 		good(_metadata, self, c, self->arg);
 		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ));
-		EXPECT_EQ(0, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
 		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ | PROT_WRITE));
 	}
 }
@@ -361,7 +381,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 TEST_F(abi, ioctl_unknown_is_enotty)
 {
 	for (unsigned int nr = 0; nr < 256; nr++) {
-		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_POISON_LIST)) {
+		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_REPLACE)) {
 			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
 				TH_LOG("nr %#x", nr);
 		}
@@ -438,6 +458,6 @@ TEST_F(abi, arg_in_absent_page)
 		EXPECT_EQ(KDP_ACCESS_KERNEL, ev.access & (KDP_ACCESS_USER | KDP_ACCESS_KERNEL |
 							  KDP_ACCESS_GUEST));
 		EXPECT_MARK(1, &s, KDP_STATE_PRESENT, 0, 1);
-		EXPECT_EQ(0, child_status(child)) TH_LOG("%s", c->name);
+		EXPECT_EQ(ends(c), child_status(child)) TH_LOG("%s", c->name);
 	}
 }

@@ -28,6 +28,7 @@ static const int *own_errs(unsigned long cmd)
 	static const int exits[] = { EBUSY, ENOSPC, 0 };
 	static const int paging[] = { ENOENT, EINTR, 0 };
 	static const int source[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, 0 };
+	static const int replace[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, EPERM, EBUSY, 0 };
 	static const int none[] = { 0 };
 
 	switch (cmd) {
@@ -43,6 +44,8 @@ static const int *own_errs(unsigned long cmd)
 		return paging;
 	case KDP_SOURCE:
 		return source;
+	case KDP_REPLACE:
+		return replace;
 	case KDP_VCPU_EXITS:
 		return exits;
 	case KDP_INFO:
@@ -219,9 +222,11 @@ static void chaos_simple(struct task *t, int vm, bool unsure)
 	struct kdp_vcpu_exits exits = KDP_ARG(kdp_vcpu_exits, .mode = pick(&t->r, 2));
 	struct kdp_collapse collapse = KDP_ARG(kdp_collapse, .slot_id = chaos_id(t),
 					       .count = 1 + pick(&t->r, 128));
+	struct kdp_replace replace = KDP_ARG(kdp_replace, .slot_id = chaos_id(t), .memfd = -1,
+					     .first = pick(&t->r, 2) * 512);
 	struct kdp_info info = KDP_ARG(kdp_info);
 
-	switch (pick(&t->r, 9)) {
+	switch (pick(&t->r, 10)) {
 	case 0:
 	case 1:
 	case 2:
@@ -242,6 +247,10 @@ static void chaos_simple(struct task *t, int vm, bool unsure)
 	case 6:
 		spoil(t, &collapse, sizeof(collapse), offsetof(struct kdp_collapse, slot_id));
 		call(t, vm, unsure, KDP_COLLAPSE, &collapse);
+		break;
+	case 7:
+		spoil(t, &replace, sizeof(replace), offsetof(struct kdp_replace, slot_id));
+		call(t, vm, unsure, KDP_REPLACE, &replace);
 		break;
 	default:
 		spoil(t, &info, sizeof(info), 0);

@@ -121,6 +121,8 @@ struct kdp_info {
 #define KDP_FEATURE_POISON	(1ULL << 6)
 /* The kernel's memory errors poison pages (CONFIG_MEMORY_FAILURE). */
 #define KDP_FEATURE_MEMORY_FAILURE	(1ULL << 7)
+/* KDP_REPLACE. */
+#define KDP_FEATURE_REPLACE	(1ULL << 8)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -612,6 +614,67 @@ struct kdp_poison_list {
 	__aligned_u64 poisoned;
 };
 #define KDP_POISON_LIST	_IO(KDP_IOC_TYPE, 0x8a)
+
+/**
+ * struct kdp_replace - ioctl(KDP_REPLACE)
+ * @size: sizeof(struct kdp_replace)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @memfd: a memfd of hugetlb with pages of the same size, open for writing, with
+ *         F_SEAL_SHRINK and without F_SEAL_WRITE and F_SEAL_FUTURE_WRITE
+ * @first: the first page of the huge page that has a memory error
+ * @offset: where in @memfd the fresh huge page is, in bytes: a hole, best
+ * @copied: out: pages that were copied
+ * @lost: out: pages that stay poisoned, because their bytes are lost
+ * @healed: out: pages whose frames were bad and that were not present: they are no
+ *          longer poisoned, and their content may come
+ * @errors: out: pages that turned out to be bad when they were copied
+ *
+ * Replace a huge page of hugetlb that has memory errors by a fresh one, with the
+ * guest running. The fresh huge page is allocated in @memfd, unless it is there,
+ * and becomes a page of the memslot's own memfd, at the same offset as the old one;
+ * what it held is lost. Every memslot that has the huge page, of whatever VM, has the
+ * fresh one from then on, and so has who maps the memslot's memfd anew or reads it.
+ * The old one is taken out of @memfd before the call returns, and nothing of the
+ * module pins it any more; @memfd has a hole there. (The kernel keeps a huge page with
+ * a memory error from being used again.)
+ *
+ * Pages are copied in their order, 64 at a time, and nobody can access those
+ * meanwhile: who tries waits until they are copied. All other pages can be accessed
+ * as always. A page with KDP_CAUSE_HARDWARE has KDP_CAUSE_EMULATED after that:
+ * its bytes are lost, its frame is good, and it may be healed.
+ *
+ * Once copying has begun the call goes on to the end, whatever signal comes.
+ *
+ * Errors beside the common ones, after which nothing is changed:
+ *
+ *  - EACCES, EBADF, EPERM: @memfd, as of KDP_MEMSLOT_CREATE.
+ *  - EINVAL: the memslot is not on hugetlb; @first is not the first page of a huge
+ *    page of the memslot; @memfd has pages of another size, or is the memslot's own;
+ *    @offset is not a multiple of that size, or there is no whole huge page before
+ *    @memfd's end.
+ *  - ENXIO: the huge page has no memory error (KDP_CAUSE_HARDWARE).
+ *  - ENOMEM: there is no free huge page.
+ *  - EBUSY: somebody else has pinned the huge page (a device that may write to it),
+ *    or maps or has pinned the fresh one; @memfd has memslots.
+ *  - EINTR: a signal came while a huge page was waited for.
+ *
+ * KDP_MEMSLOT_CREATE fails with EBUSY for a memfd of which a huge page is just being
+ * replaced.
+ */
+struct kdp_replace {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__s32 memfd;
+	__u64 first;
+	__u64 offset;
+	__u64 copied;
+	__u64 lost;
+	__u64 healed;
+	__u64 errors;
+};
+#define KDP_REPLACE	_IO(KDP_IOC_TYPE, 0x8b)
 
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and

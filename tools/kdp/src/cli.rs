@@ -38,6 +38,7 @@ pub enum Command {
     Poison(PoisonArgs),
     Heal(HealArgs),
     List(ListArgs),
+    Replace(ReplaceArgs),
     #[command(hide = true)]
     Man(ManArgs),
 }
@@ -257,6 +258,22 @@ pub struct ListArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Replace huge pages that have memory errors by fresh ones, with the guest running
+///
+/// Every byte that can be read is kept; pages whose bytes are lost stay poisoned, in good memory. The fresh huge pages are
+/// the system's: there must be as many free ones.
+#[derive(Args)]
+pub struct ReplaceArgs {
+    #[command(flatten)]
+    pub vm: VmArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Any page of a huge page; all of the memslot that have an error if there is none
+    #[arg(value_name = "PAGE")]
+    pub pages: Vec<u64>,
 }
 
 /// Write the man pages into a folder

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         Command::Poison(args) => poison::poison(&args),
         Command::Heal(args) => poison::heal(&args),
         Command::List(args) => poison::list(&args),
+        Command::Replace(args) => poison::replace(&args),
         Command::Man(args) => man::run(&args),
     };
     match result {

@@ -1,11 +1,11 @@
-//! `kdp poison`, `kdp heal` and `kdp list`: pages whose bytes are lost.
+//! `kdp poison`, `kdp heal`, `kdp list` and `kdp replace`: pages whose bytes are lost.
 
 use crate::{
-    cli::{HealArgs, ListArgs, PoisonArgs, VmArgs},
+    cli::{HealArgs, ListArgs, PoisonArgs, ReplaceArgs, VmArgs},
     failure::{Context, Failure},
     fdinfo::{scan, Kind},
 };
-use kvm_demand_paging::{Cause, PageRange, Poisoned, Vm};
+use kvm_demand_paging::{Cause, PageRange, Poisoned, Replaced, Vm, PAGE_SIZE};
 use rustix::process::{pidfd_getfd, pidfd_open, Pid, PidfdFlags, PidfdGetfdFlags};
 use serde_json::json;
 use std::{fs, path::Path};
@@ -65,6 +65,65 @@ pub fn list(args: &ListArgs) -> Result<(), Failure> {
         print!("{}", table(&poisoned));
     }
     Ok(())
+}
+
+pub fn replace(args: &ReplaceArgs) -> Result<(), Failure> {
+    let vm = vm_of(&args.vm)?;
+    let slot = args.vm.slot;
+    let huge = vm.memslot_info(slot)?.backing_page_size / PAGE_SIZE as u64;
+    let mut firsts = if args.pages.is_empty() {
+        vm.damaged(slot)?
+    } else {
+        args.pages.iter().map(|page| page / huge * huge).collect()
+    };
+    firsts.dedup();
+    let mut done = Vec::new();
+    let mut failed = None;
+    for first in firsts {
+        match vm.replace(slot, first) {
+            Ok(replaced) => done.push((first, replaced)),
+            Err(e) => {
+                failed = Some(e);
+                break;
+            }
+        }
+    }
+    // Also if one could not be replaced: those before it were.
+    if args.json {
+        println!("{}", replaced_json(&done));
+    } else {
+        print!("{}", replaced_table(&done));
+    }
+    failed.map_or(Ok(()), |e| Err(e.into()))
+}
+
+fn replaced_json(done: &[(u64, Replaced)]) -> serde_json::Value {
+    done.iter()
+        .map(|(first, replaced)| {
+            json!({
+                "first": first,
+                "copied": replaced.copied,
+                "lost": replaced.lost,
+                "healed": replaced.healed,
+                "errors": replaced.errors,
+            })
+        })
+        .collect()
+}
+
+fn replaced_table(done: &[(u64, Replaced)]) -> String {
+    if done.is_empty() {
+        return "no huge page was replaced\n".to_owned();
+    }
+    let head = ["FIRST PAGE", "COPIED", "LOST", "HEALED", "NEW ERRORS"];
+    let row = |cells: [String; 5]| {
+        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:>12}")).collect();
+        cells.join("  ") + "\n"
+    };
+    done.iter()
+        .fold(row(head.map(str::to_owned)), |text, (first, r)| {
+            text + &row([*first, r.copied, r.lost, r.healed, r.errors].map(|n| n.to_string()))
+        })
 }
 
 fn name(cause: Cause) -> String {
@@ -166,6 +225,20 @@ mod tests {
             "  FIRST PAGE         PAGES  CAUSE\n           7             1  hardware\n         512            20  inherited\n"
         );
         assert_eq!(table(&[]), "no poisoned pages\n");
+        let replaced = Replaced {
+            copied: 511,
+            lost: 1,
+            healed: 0,
+            errors: 0,
+        };
+        assert_eq!(
+            replaced_table(&[(1024, replaced)]).lines().last(),
+            Some("        1024           511             1             0             0")
+        );
+        assert_eq!(
+            replaced_json(&[(1024, replaced)]).to_string(),
+            r#"[{"copied":511,"errors":0,"first":1024,"healed":0,"lost":1}]"#
+        );
         assert_eq!(
             json(&poisoned).to_string(),
             r#"[{"cause":"hardware","count":1,"first":7},{"cause":"inherited","count":20,"first":512}]"#

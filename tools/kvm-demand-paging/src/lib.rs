@@ -58,6 +58,7 @@ mod poison;
 mod prefault;
 mod prefetch;
 mod range;
+mod replace;
 pub mod source;
 mod sys;
 mod vm;
@@ -86,6 +87,7 @@ pub use poison::{Cause, Poisoned};
 pub use prefault::pre_fault;
 pub use prefetch::PrefetchWindow;
 pub use range::{coalesce, PageRange};
+pub use replace::Replaced;
 pub use vm::{Collapsed, Features, Info, Marked, Paging, State, Vm};
 pub use waiter::{Ready, Waiter};
 

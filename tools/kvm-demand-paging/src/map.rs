@@ -3,7 +3,7 @@
 use crate::{Error, PageRange, Result, PAGE_SIZE};
 use rustix::{
     fd::BorrowedFd,
-    mm::{mmap, mmap_anonymous, munmap, MapFlags, ProtFlags},
+    mm::{madvise, mmap, mmap_anonymous, munmap, Advice, MapFlags, ProtFlags},
 };
 use std::{ffi::c_void, fmt, ptr, ptr::NonNull, slice, sync::atomic::AtomicU64};
 use vm_memory::VolatileSlice;
@@ -215,6 +215,27 @@ pub struct AliasMap(pub(crate) Mapping);
 
 impl AliasMap {
     accessors!();
+
+    /// Have what the memfd has at these pages now, whole pages of its own size: after [`Vm::replace`](crate::Vm::replace)
+    /// this mapping has errors there still, which the kernel has put where the old huge page was mapped.
+    pub fn refresh(&self, range: PageRange) -> Result<()> {
+        let bytes = self.slice(range)?;
+        // SAFETY: the bytes are of this mapping, which is one of a file, shared: it is mapped anew at the next touch.
+        unsafe {
+            madvise(
+                bytes.ptr_guard_mut().as_ptr().cast(),
+                bytes.len(),
+                Advice::LinuxDontNeed,
+            )
+        }
+        .map_err(|errno| {
+            Error::sys(
+                "madvise",
+                format!("MADV_DONTNEED, pages {} to {}", range.first, range.end()),
+                errno,
+            )
+        })
+    }
 
     /// Fill some pages with zeros.
     pub fn zero(&self, range: PageRange) -> Result<()> {

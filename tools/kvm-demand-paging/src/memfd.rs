@@ -39,6 +39,13 @@ impl Backing {
         }
     }
 
+    /// The one whose pages have this size, in bytes.
+    pub fn of_page_size(bytes: u64) -> Option<Self> {
+        [Self::Shmem, Self::Huge2M, Self::Huge1G]
+            .into_iter()
+            .find(|backing| backing.page_size() == bytes)
+    }
+
     fn flags(self) -> MemfdFlags {
         match self {
             Self::Shmem => MemfdFlags::empty(),

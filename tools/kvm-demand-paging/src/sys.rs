@@ -50,6 +50,7 @@ commands! {
     KDP_COLLAPSE kdp_collapse
     KDP_SOURCE kdp_source
     KDP_POISON kdp_poison
+    KDP_REPLACE kdp_replace
 }
 
 struct Call<'a, T>(&'a mut T);

@@ -49,6 +49,11 @@ impl Features {
         self.0 & u64::from(abi::KDP_FEATURE_SOURCE) != 0
     }
 
+    /// [`Vm::replace`] works.
+    pub fn replace(self) -> bool {
+        self.0 & u64::from(abi::KDP_FEATURE_REPLACE) != 0
+    }
+
     /// [`Vm::collapse`] works.
     pub fn collapse(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_COLLAPSE) != 0

@@ -47,10 +47,10 @@ const INJECT: &str = "/sys/kernel/debug/hwpoison";
 
 /// The errors of a test. To be made before the memory: when this is dropped the frames are free again, and are made good,
 /// or the huge pages would be lacking in the tests that follow.
-struct Errors(RefCell<Vec<u64>>);
+pub(super) struct Errors(RefCell<Vec<u64>>);
 
 impl Errors {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         if !fs::exists(INJECT)? {
             return skip("this kernel cannot inject memory errors");
         }
@@ -58,7 +58,7 @@ impl Errors {
     }
 
     /// An error in this frame of memory of this kind.
-    fn inject(&self, backing: Backing, frame: u64) -> Result {
+    pub(super) fn inject(&self, backing: Backing, frame: u64) -> Result {
         // The kernel knows of an error in a huge page by the first frame of that.
         self.0
             .borrow_mut()
@@ -98,7 +98,7 @@ impl Drop for Errors {
     }
 }
 
-fn alias_of(alias: &AliasMap, page: u64) -> *const u8 {
+pub(super) fn alias_of(alias: &AliasMap, page: u64) -> *const u8 {
     alias.as_ptr().wrapping_add((page * PAGE) as usize)
 }
 

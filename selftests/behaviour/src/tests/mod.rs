@@ -27,6 +27,7 @@ mod notify_killed;
 mod place;
 mod poison;
 mod prefetch;
+mod replace;
 mod scale;
 mod shmem;
 mod source;
@@ -51,6 +52,8 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         bitmap::TESTS,
         place::TESTS,
         poison::TESTS,
+        // Before the test after which the kernel makes no frame good any more.
+        replace::TESTS,
         memory_error::TESTS,
         huge::TESTS,
         collapse::TESTS,

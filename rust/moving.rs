@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a memslot knows of a huge page of its own that is being moved (replace.rs): which frame a page has just now.
+//!
+//! It is under the memslot's `pages` lock, as the pins are whose place it takes: while a huge page is being moved the
+//! memslot has no pin for it among its [`Pins`](crate::ffi::memfd::Pins). So faults of other pages do not pay for it.
+
+use crate::{
+    ffi::{
+        memfd::{
+            Pfn,
+            Pinned, //
+        },
+        memory_failure::BadFrame, //
+    },
+    rules::{
+        range::PageRange,
+        replace::{
+            Cursor,
+            Home, //
+        }, //
+    }, //
+};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{
+        Arc,
+        Mutex, //
+    }, //
+};
+
+/// What [`Moving::frame`] says of a page that is on its way.
+pub(crate) const ON_ITS_WAY: Error = ESTALE;
+
+/// A huge page that is being moved, for all memslots that have it.
+#[pin_data]
+pub(crate) struct Move {
+    /// The file that it is of, by its identity, and that of the fresh one.
+    pub(crate) files: [usize; 2],
+    /// Its first page in the file.
+    pub(crate) index: u64,
+    pub(crate) pages: u64,
+    pub(crate) bad: Pinned,
+    pub(crate) fresh: Pinned,
+    /// Held while pages are on their way. Who needs one waits for it, with no other lock.
+    #[pin]
+    pub(crate) turn: Mutex<()>,
+}
+
+impl Move {
+    pub(crate) fn new(
+        files: [usize; 2],
+        index: u64,
+        pages: u64,
+        bad: Pinned,
+        fresh: Pinned,
+    ) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                files,
+                index,
+                pages,
+                bad,
+                fresh,
+                turn <- new_mutex!((), "kdp_move"),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Which page of the file a frame was before the move.
+    pub(crate) fn place(&self, frame: &BadFrame) -> Option<(usize, u64)> {
+        let into = frame.since(self.bad.frame())?;
+        (into < self.pages).then_some((self.files[0], self.index + into))
+    }
+
+    /// Waits until the pages have arrived that are on their way now.
+    pub(crate) fn wait(&self) {
+        drop(self.turn.lock());
+    }
+}
+
+/// A memslot's part in it.
+pub(crate) struct Moving {
+    pub(crate) range: PageRange,
+    pub(crate) cursor: Cursor,
+    pub(crate) between: Arc<Move>,
+    /// On the fresh huge page: the memslot's own from the end of the move on.
+    pub(crate) pin: Pinned,
+    /// What the memslot had.
+    pub(crate) before: Option<Pinned>,
+}
+
+impl Moving {
+    /// Whether a page is of it.
+    pub(crate) fn covers(&self, page: u64) -> bool {
+        (self.range.first()..=self.range.last()).contains(&page)
+    }
+
+    /// The frame of a page of it, or [`ON_ITS_WAY`].
+    pub(crate) fn frame(&self, page: u64) -> Result<Pfn<'_>> {
+        let into = page - self.range.first();
+        match self.cursor.home(into) {
+            Home::Old => Ok(self.between.bad.frame().add(into)),
+            Home::Fresh => Ok(self.between.fresh.frame().add(into)),
+            Home::Neither => Err(ON_ITS_WAY),
+        }
+    }
+
+    /// Whether that is the frame that a page's bytes are in; of a page on its way, the one that they come from.
+    pub(crate) fn has_frame(&self, page: u64, frame: &BadFrame) -> bool {
+        let into = page - self.range.first();
+        match self.cursor.home(into) {
+            Home::Old | Home::Neither => self.between.bad.frame().add(into).is(frame),
+            Home::Fresh => self.between.fresh.frame().add(into).is(frame),
+        }
+    }
+}
