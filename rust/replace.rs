@@ -203,7 +203,12 @@ impl<'a> Spare<'a> {
         let pinned = spot.memfd.pin(spot.index >> order);
         // Where that failed it may be there all the same.
         let this = Self { spot, goes };
-        pinned.map(|pinned| (this, pinned))
+        match pinned {
+            Ok(pinned) => Ok((this, pinned)),
+            // So says hugetlb if it has no free page.
+            Err(e) if e == ENOSPC => Err(ENOMEM),
+            Err(e) => Err(e),
+        }
     }
 }
 

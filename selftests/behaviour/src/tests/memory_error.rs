@@ -78,7 +78,7 @@ impl Errors {
     }
 
     /// An error in a page of a memslot.
-    fn inject_into(&self, backing: Backing, slot: &Slot, page: u64) -> Result {
+    pub(super) fn inject_into(&self, backing: Backing, slot: &Slot, page: u64) -> Result {
         self.inject_at(backing, alias_of(&slot.alias, page))
     }
 }

@@ -14,6 +14,7 @@ macro_rules! tests {
 mod around;
 mod bitmap;
 mod collapse;
+mod consistency;
 mod fault;
 mod fault_kvm;
 mod fault_vhost;
@@ -54,6 +55,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.
         replace::TESTS,
+        consistency::TESTS,
         memory_error::TESTS,
         huge::TESTS,
         collapse::TESTS,
