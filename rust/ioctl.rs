@@ -9,15 +9,19 @@
 use crate::{
     backing::Backing,
     ffi::{
+        bounce::Bounce,
         file::RawFile,
         memfd::Memfd,
         memory_failure,
         source_file::SourceFile,
+        task::is_being_killed,
         tracepoint,
-        uapi::*, //
+        uapi::*,
+        work, //
     },
     memory_error::Listed,
     memslot::{
+        place::Placed,
         Collapsed,
         Memslot,
         Place,
@@ -73,6 +77,7 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_POISON => with_answer(arg, |a| poison(vm, a)),
         KDP_CMD_POISON_LIST => with_answer(arg, |a| poison_list(vm, a)),
         KDP_CMD_REPLACE => with_answer(arg, |a| replace_huge(vm, a)),
+        KDP_CMD_PLACE => with_answer(arg, |a| place(vm, a)),
         _ => Err(ENOTTY),
     }
 }
@@ -132,7 +137,8 @@ fn info(arg: &mut kdp_info) -> Result {
             | KDP_FEATURE_COLLAPSE
             | KDP_FEATURE_SOURCE
             | KDP_FEATURE_POISON
-            | KDP_FEATURE_REPLACE,
+            | KDP_FEATURE_REPLACE
+            | KDP_FEATURE_PLACE,
     );
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
@@ -425,6 +431,46 @@ fn replace_huge(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_replace) -> Result {
     arg.lost = replaced.lost;
     arg.healed = replaced.healed;
     arg.errors = replaced.errors;
+    Ok(())
+}
+
+fn place(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_place) -> Result {
+    arg.done = 0;
+    arg.placed = 0;
+    check_unknown(arg.flags, 0, arg.__reserved)?;
+    let memslot = vm.slot(arg.slot_id)?;
+    let range = memslot.range(arg.first, arg.count).ok_or(EINVAL)?;
+    let user = |address: u64| -> Result<_> {
+        let address = usize::try_from(address).map_err(|_| EFAULT)?;
+        Ok(UserPtr::from_addr(address))
+    };
+    let bytes = usize::try_from(range.count() << PAGE_SHIFT).map_err(|_| EINVAL)?;
+    let mut data = UserSlice::new(user(arg.data)?, bytes).reader();
+    let wanted = if arg.results == 0 {
+        0
+    } else {
+        range.count() as usize
+    };
+    let mut results = UserSlice::new(user(arg.results)?, wanted).writer();
+    let mut bounce = Bounce::new()?;
+    for page in range.first()..=range.last() {
+        if is_being_killed() {
+            return Err(EINTR);
+        }
+        bounce.read(&mut data)?;
+        let placed = memslot.place(page, bounce.page())?;
+        arg.placed += u64::from(placed == Placed::Now);
+        arg.done += 1;
+        if wanted > 0 {
+            let result = match placed {
+                Placed::Now => KDP_PLACED_NOW,
+                Placed::Present => KDP_PLACED_PRESENT,
+                Placed::Lost => KDP_PLACED_LOST,
+            };
+            results.write(&(result as u8))?;
+        }
+        work::yield_now();
+    }
     Ok(())
 }
 

@@ -111,6 +111,7 @@ use kernel::{
 
 use crate::ffi::rwsem::RwSem;
 
+pub(crate) mod place;
 mod poison;
 mod replace;
 

@@ -38,6 +38,8 @@ counters! {
     events_read => "events-read",
     /// Pages that a call made present.
     resolved => "resolved",
+    /// Pages that a call gave their bytes.
+    placed => "placed",
     /// Pages that were filled with zeros.
     zero_filled => "zero-filled",
     /// Pages that were read from a source when they were touched.

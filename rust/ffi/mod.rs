@@ -6,6 +6,7 @@
 //! wrap yet, in a type whose safe methods cannot be misused.
 
 pub(crate) mod bit_lock;
+pub(crate) mod bounce;
 pub(crate) mod exchange;
 pub(crate) mod file;
 pub(crate) mod kvm;

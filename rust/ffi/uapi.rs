@@ -75,6 +75,7 @@ arguments! {
     kdp_poison: 40;
     kdp_poison_list: 32;
     kdp_replace: 64;
+    kdp_place: 64;
 }
 
 const _: () = assert!(size_of::<kdp_event>() == 48 && size_of::<kdp_range>() == 16);

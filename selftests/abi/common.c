@@ -23,6 +23,7 @@ union arg {
 	struct kdp_poison poison;
 	struct kdp_poison_list list;
 	struct kdp_replace replace;
+	struct kdp_place place;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -47,6 +48,7 @@ static const struct call {
 	{ "KDP_POISON", KDP_POISON, sizeof(struct kdp_poison), KDP_POISON_HEAL, true },
 	{ "KDP_POISON_LIST", KDP_POISON_LIST, sizeof(struct kdp_poison_list), 0, true },
 	{ "KDP_REPLACE", KDP_REPLACE, sizeof(struct kdp_replace), 0, true },
+	{ "KDP_PLACE", KDP_PLACE, sizeof(struct kdp_place), 0, true },
 };
 
 #define for_each_call(c) \
@@ -60,6 +62,7 @@ FIXTURE(abi) {
 	bool has_exits;
 	struct kdp_range range;
 	struct kdp_poisoned poisoned;
+	unsigned char data[PAGE];
 	union arg *arg;		/* followed by a page that nobody can touch */
 	unsigned char *wall;	/* that page */
 };
@@ -155,6 +158,12 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 	case KDP_REPLACE:
 		a->replace.slot_id = HUGE_SLOT;
 		a->replace.memfd = self->huge_memfd;
+		break;
+	case KDP_PLACE:
+		a->place.slot_id = SLOT;
+		a->place.first = 1;
+		a->place.count = 1;
+		a->place.data = (uintptr_t)self->data;
 		break;
 	}
 }
@@ -343,6 +352,9 @@ TEST_F(abi, reserved_nonzero_is_eopnotsupp)
 		case KDP_SOURCE:
 			self->arg->source.__reserved = 1;
 			break;
+		case KDP_PLACE:
+			self->arg->place.__reserved = 1;
+			break;
 		default:
 			continue;
 		}
@@ -381,7 +393,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 TEST_F(abi, ioctl_unknown_is_enotty)
 {
 	for (unsigned int nr = 0; nr < 256; nr++) {
-		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_REPLACE)) {
+		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_PLACE)) {
 			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
 				TH_LOG("nr %#x", nr);
 		}

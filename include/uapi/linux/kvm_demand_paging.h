@@ -121,6 +121,8 @@ struct kdp_info {
 #define KDP_FEATURE_POISON	(1ULL << 6)
 /* The kernel's memory errors poison pages (CONFIG_MEMORY_FAILURE). */
 #define KDP_FEATURE_MEMORY_FAILURE	(1ULL << 7)
+/* KDP_PLACE. */
+#define KDP_FEATURE_PLACE	(1ULL << 9)
 /* KDP_REPLACE. */
 #define KDP_FEATURE_REPLACE	(1ULL << 8)
 
@@ -675,6 +677,60 @@ struct kdp_replace {
 	__u64 errors;
 };
 #define KDP_REPLACE	_IO(KDP_IOC_TYPE, 0x8b)
+
+/**
+ * struct kdp_place - ioctl(KDP_PLACE)
+ * @size: sizeof(struct kdp_place)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @__reserved: must be 0
+ * @first: the index of the first page
+ * @count: how many, not 0
+ * @data: address of the pages' bytes, 4096 for each
+ * @results: address of a byte for each page, which is set to KDP_PLACED_*; or 0
+ * @done: out: pages that were dealt with, in their order
+ * @placed: out: those of them that have their bytes by this call
+ *
+ * Give absent pages their bytes and make them present, once: a page that is absent, or
+ * zero and not yet touched, is filled, becomes present, and lets go who waits for
+ * it, as by KDP_MARK. A page that is present is left alone, and so is one that is
+ * poisoned; neither is an error. Of several that place one page at the same time, by
+ * this call, one does.
+ *
+ * No mapping of the memfd is needed, so this is also how pages are filled in a huge
+ * page that has a memory error, which the kernel lets nobody map.
+ *
+ * Do not fill the same pages through a mapping of the memfd at the same time.
+ *
+ * @done and @placed are written also when the call fails half-way.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EINVAL: the range is empty, overflows or runs past the memslot's end.
+ *  - ENXIO: demand paging of the memslot is off.
+ *  - EFAULT: @data or @results cannot be accessed; @done pages are done, and if that
+ *    was @results, one more.
+ *  - EINTR: a fatal signal arrived; @done pages are done.
+ *  - ENOMEM: there is no memory for a page, or RLIMIT_MEMLOCK is reached; @done pages
+ *    are done.
+ */
+struct kdp_place {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__u32 __reserved;
+	__u64 first;
+	__u64 count;
+	__aligned_u64 data;
+	__aligned_u64 results;
+	__u64 done;
+	__u64 placed;
+};
+#define KDP_PLACE	_IO(KDP_IOC_TYPE, 0x8c)
+
+#define KDP_PLACED_NOW		0	/* it has its bytes by this call */
+#define KDP_PLACED_PRESENT	1	/* it was present */
+#define KDP_PLACED_LOST		2	/* it is poisoned */
 
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and

@@ -1,6 +1,6 @@
 //! The ioctls, each with the one type that it takes. The only file that hands addresses to the module.
 
-use crate::abi;
+use crate::{abi, PageRange, PAGE_SIZE};
 use rustix::{
     fd::{AsFd, FromRawFd, OwnedFd},
     io::Errno,
@@ -103,6 +103,34 @@ pub(crate) fn poison_list(
         ioctl(fd, call)?;
     }
     Ok((&room[..argument.count as usize], argument.first))
+}
+
+/// Run KDP_PLACE with the bytes of the pages of a range, and a place for the result of each. On failure also says how many
+/// were dealt with.
+pub(crate) fn place(
+    fd: impl AsFd,
+    slot_id: u32,
+    range: PageRange,
+    data: &[u8],
+    results: &mut [u8],
+) -> Result<(), (Errno, u64)> {
+    assert_eq!(data.len(), results.len() * PAGE_SIZE);
+    let mut argument = abi::kdp_place {
+        size: mem::size_of::<abi::kdp_place>() as u32,
+        slot_id,
+        first: range.first,
+        count: results.len() as u64,
+        data: data.as_ptr() as u64,
+        results: results.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the ioctl reads and writes the argument, reads `count` pages of `data` and writes `count` bytes of
+    // `results`; on a file descriptor of another kind it fails with ENOTTY.
+    let done = unsafe {
+        let call = Updater::<{ abi::KDP_PLACE as Opcode }, _>::new(&mut argument);
+        ioctl(fd, call)
+    };
+    done.map_err(|errno| (errno, argument.done))
 }
 
 /// Take over a file descriptor that an ioctl returned, unless it returned none.

@@ -49,6 +49,11 @@ impl Features {
         self.0 & u64::from(abi::KDP_FEATURE_SOURCE) != 0
     }
 
+    /// [`Vm::place`] works.
+    pub fn place(self) -> bool {
+        self.0 & u64::from(abi::KDP_FEATURE_PLACE) != 0
+    }
+
     /// [`Vm::replace`] works.
     pub fn replace(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_REPLACE) != 0

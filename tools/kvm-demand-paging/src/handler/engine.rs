@@ -256,9 +256,23 @@ impl<M: Marks> Engine<M> {
                     }
                     other => other,
                 };
-                match slot.place(page, content)? {
+                let placed = match slot.place(page, content) {
+                    Err(error) if is_gone(&error) => {
+                        self.forget(slot.info().slot_id, &error);
+                        break;
+                    }
+                    placed => placed?,
+                };
+                match placed {
                     Placed::Present => batch.of(&slot).placed.push(page),
                     Placed::MarkZero => batch.of(&slot).zero.push(page),
+                    Placed::Lost => {
+                        tracing::warn!(
+                            "page {page} of memslot {} is poisoned, and cannot be filled",
+                            slot.info().slot_id
+                        );
+                        continue;
+                    }
                     // Whoever is placing it just now wakes those who wait.
                     Placed::TooLate => {
                         add(&self.stats.too_late, 1);
@@ -302,12 +316,13 @@ impl<M: Marks> Engine<M> {
             self.mark(slot_id, State::Zero, &mut zero)?;
 
             let (mut since, mut wake) = (Vec::new(), Vec::new());
-            let mut take = |waiting: &mut HashMap<Key, Waiting>, pages: &[u64]| {
+            let mut take = |waiting: &mut HashMap<Key, Waiting>, pages: &[u64], by_us: bool| {
                 let before = since.len();
                 for page in pages {
                     if let Some(entry) = waiting.remove(&(slot_id, *page)) {
                         since.push(entry.since);
-                        if entry.in_kernel && slot.present().is_present(*page) {
+                        // Who placed it has let the others go.
+                        if !by_us && entry.in_kernel && slot.present().is_present(*page) {
                             wake.push(*page);
                         }
                     }
@@ -316,8 +331,8 @@ impl<M: Marks> Engine<M> {
             };
             let on_demand = {
                 let mut waiting = self.waiting();
-                take(&mut waiting, &arrived.found);
-                take(&mut waiting, &arrived.placed) + take(&mut waiting, &arrived.zero)
+                take(&mut waiting, &arrived.found, false);
+                take(&mut waiting, &arrived.placed, true) + take(&mut waiting, &arrived.zero, false)
             };
             self.mark(slot_id, State::Present, &mut wake)?;
             self.resolved.notify_all();
@@ -337,18 +352,21 @@ impl<M: Marks> Engine<M> {
             match self.vm.mark(slot_id, state, ranges) {
                 Ok(_) => {}
                 Err(error) if is_gone(&error) => {
-                    tracing::info!(
-                        "memslot {slot_id} is gone, or its demand paging is off: {error}"
-                    );
-                    self.slots.remove(slot_id);
-                    self.waiting().retain(|(waiting, _), _| *waiting != slot_id);
-                    self.resolved.notify_all();
+                    self.forget(slot_id, &error);
                     return Ok(());
                 }
                 Err(error) => return Err(Error::Module(error)),
             }
         }
         Ok(())
+    }
+
+    /// A memslot is not served any more.
+    fn forget(&self, slot_id: u32, error: &crate::Error) {
+        tracing::info!("memslot {slot_id} is gone, or its demand paging is off: {error}");
+        self.slots.remove(slot_id);
+        self.waiting().retain(|(waiting, _), _| *waiting != slot_id);
+        self.resolved.notify_all();
     }
 
     /// Ask again for pages that could not be read and are due.

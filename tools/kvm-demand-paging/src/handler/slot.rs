@@ -3,9 +3,11 @@
 use crate::{
     bits::{words_for, Bits},
     map::Mapping,
+    place,
     source::Content,
-    AliasMap, Error, MemslotInfo, PageRange, PresentBitmap, Result, Vm, PAGE_SIZE,
+    Error, MemslotInfo, PageRange, PresentBitmap, Result, Vm, PAGE_SIZE,
 };
+use std::sync::Arc;
 
 /// What became of pages that came from the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,17 +18,40 @@ pub(super) enum Placed {
     MarkZero,
     /// They are present already, or somebody else is placing them.
     TooLate,
+    /// They are poisoned, and stay absent beneath.
+    Lost,
+}
+
+/// How an absent page gets its bytes.
+pub(super) trait Memory: Send + Sync {
+    /// Fill the page, make it present and let go who waits for it, unless it is present.
+    fn place(&self, page: u64, data: &[u8]) -> Result<place::Placed>;
+}
+
+/// By the module: no mapping of the memfd is needed, which a memory error would take away.
+struct Module {
+    vm: Vm,
+    slot_id: u32,
+}
+
+impl Memory for Module {
+    fn place(&self, page: u64, data: &[u8]) -> Result<place::Placed> {
+        let placed = self.vm.place(self.slot_id, page, data)?;
+        Ok(placed.first().copied().unwrap_or(place::Placed::Present))
+    }
 }
 
 /// A memslot with demand paging on.
 pub(super) struct Slot {
     info: MemslotInfo,
-    alias: AliasMap,
-    present: PresentBitmap,
+    memory: Box<dyn Memory>,
+    present: Arc<PresentBitmap>,
     // Who sets a page's bit here may place it, and clears it when the page is present.
     placing: Mapping,
     // Pages that were marked zero: never written by us, since the kernel may fill them at any time.
     zeroed: Mapping,
+    // Pages that were found poisoned: they are not asked for in the background.
+    lost: Mapping,
     // The page of the source that is page 0.
     source_first: u64,
 }
@@ -34,16 +59,18 @@ pub(super) struct Slot {
 impl Slot {
     /// Map all that is needed to serve a memslot.
     pub(super) fn attach(vm: &Vm, info: MemslotInfo, source_first: u64) -> Result<Self> {
-        let memfd = vm.memslot_memfd(info.slot_id)?;
-        let alias = memfd.map(info.memfd_offset, info.pages * PAGE_SIZE as u64)?;
-        let present = vm.memslot(info.slot_id)?.bitmap()?;
-        Self::new(info, alias, present, source_first)
+        let present = Arc::new(vm.memslot(info.slot_id)?.bitmap()?);
+        let memory = Module {
+            vm: vm.try_clone()?,
+            slot_id: info.slot_id,
+        };
+        Self::new(info, Box::new(memory), present, source_first)
     }
 
     pub(super) fn new(
         info: MemslotInfo,
-        alias: AliasMap,
-        present: PresentBitmap,
+        memory: Box<dyn Memory>,
+        present: Arc<PresentBitmap>,
         source_first: u64,
     ) -> Result<Self> {
         let bytes = (words_for(info.pages) as usize * 8).next_multiple_of(PAGE_SIZE);
@@ -52,10 +79,11 @@ impl Slot {
                 .map_err(|errno| Error::sys("mmap", format!("{bytes} bytes for claims"), errno))
         };
         Ok(Self {
-            alias,
+            memory,
             present,
             placing: bits()?,
             zeroed: bits()?,
+            lost: bits()?,
             source_first,
             info,
         })
@@ -75,6 +103,10 @@ impl Slot {
 
     fn zeroed(&self) -> Bits<'_> {
         Bits::new(self.zeroed.words(), self.pages())
+    }
+
+    fn lost(&self) -> Bits<'_> {
+        Bits::new(self.lost.words(), self.pages())
     }
 
     /// Whether the page was marked zero by this handler, and may have become present since.
@@ -104,14 +136,17 @@ impl Slot {
         let mut within = PageRange::from(from..self.pages());
         loop {
             let absent = self.present.next_absent_run(within, max)?;
-            if let Some(run) = self.zeroed().find_run(absent, false, max) {
-                return Some(run);
+            let unmarked = self.zeroed().find_run(absent, false, max);
+            let missing = unmarked.and_then(|run| self.lost().find_run(run, false, max));
+            if missing.is_some() {
+                return missing;
             }
-            within = PageRange::from(absent.end()..self.pages());
+            let looked_at = unmarked.unwrap_or(absent);
+            within = PageRange::from(looked_at.end()..self.pages());
         }
     }
 
-    /// Place one page, once: if it is absent and nobody else is at it, data goes in and then its bit is set.
+    /// Place one page, once: if it is absent and nobody else is at it.
     ///
     /// Zero pages of shmem are left to the kernel, which allocates them when they are touched. Those of
     /// hugetlb have their memory already, and are written so that their block becomes whole.
@@ -129,22 +164,29 @@ impl Slot {
         if self.present.is_present(page) || self.is_zeroed(page) {
             return Ok(Placed::TooLate);
         }
-        match content {
-            Content::Data(data) => self.alias.write(page, data)?,
+        let placed = match content {
+            Content::Data(data) => self.memory.place(page, data)?,
             Content::Zero if self.info.backing_page_size == PAGE_SIZE as u64 => {
                 self.zeroed().set(page);
                 return Ok(Placed::MarkZero);
             }
-            Content::Zero => self.alias.zero(PageRange::page(page))?,
+            Content::Zero => self.memory.place(page, &[0; PAGE_SIZE])?,
             Content::Failed(errno) => {
                 return Err(Error::Argument(format!(
                     "page {page} has no data to place: errno {errno}"
                 )));
             }
-        }
-        Ok(match self.present.set(page) {
-            true => Placed::Present,
-            false => Placed::TooLate,
+        };
+        Ok(match placed {
+            place::Placed::Now => {
+                self.lost().clear(page);
+                Placed::Present
+            }
+            place::Placed::Present => Placed::TooLate,
+            place::Placed::Lost => {
+                self.lost().set(page);
+                Placed::Lost
+            }
         })
     }
 }
@@ -152,7 +194,29 @@ impl Slot {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{Backing, Memfd};
+    use crate::{AliasMap, Backing, Memfd};
+
+    /// Memory without a module.
+    struct Plain {
+        alias: AliasMap,
+        present: Arc<PresentBitmap>,
+    }
+
+    impl Memory for Plain {
+        fn place(&self, page: u64, data: &[u8]) -> Result<place::Placed> {
+            if page == LOST {
+                return Ok(place::Placed::Lost);
+            }
+            self.alias.write(page, data)?;
+            Ok(match self.present.set(page) {
+                true => place::Placed::Now,
+                false => place::Placed::Present,
+            })
+        }
+    }
+
+    /// A page that is poisoned.
+    pub(in super::super) const LOST: u64 = 1000;
 
     /// A memslot without a module: a plain memfd, and a bitmap of its own.
     pub(in super::super) fn slot(
@@ -170,9 +234,17 @@ pub(super) mod tests {
             backing_page_size,
             name: None,
         };
-        let present = PresentBitmap::for_tests(pages);
-        let slot = Slot::new(info, memfd.map_all().unwrap(), present, source_first).unwrap();
+        let slot = plain(info, &memfd, source_first);
         (slot, memfd.map_all().unwrap())
+    }
+
+    pub(in super::super) fn plain(info: MemslotInfo, memfd: &Memfd, source_first: u64) -> Slot {
+        let present = Arc::new(PresentBitmap::for_tests(info.pages));
+        let memory = Plain {
+            alias: memfd.map_all().unwrap(),
+            present: present.clone(),
+        };
+        Slot::new(info, Box::new(memory), present, source_first).unwrap()
     }
 
     fn byte(view: &AliasMap, page: u64) -> u8 {
@@ -222,6 +294,27 @@ pub(super) mod tests {
         assert_eq!(
             slot.place(1, Content::Data(&[1; 4096])).unwrap(),
             Placed::Present
+        );
+    }
+
+    #[test]
+    fn a_poisoned_page_is_left_out() {
+        let (slot, _view) = slot(LOST + 3, 0, 4096);
+        assert_eq!(slot.next_missing(LOST, 9), Some(PageRange::new(LOST, 3)));
+        let placed = slot.place(LOST, Content::Data(&[1; 4096])).unwrap();
+        assert_eq!(placed, Placed::Lost);
+        assert!(!slot.present.is_present(LOST));
+        assert_eq!(
+            slot.next_missing(LOST, 9),
+            Some(PageRange::new(LOST + 1, 2))
+        );
+        assert_eq!(
+            slot.next_missing(LOST - 1, 1),
+            Some(PageRange::new(LOST - 1, 1))
+        );
+        assert_eq!(
+            slot.next_missing(LOST - 1, 9),
+            Some(PageRange::new(LOST - 1, 1))
         );
     }
 

@@ -110,8 +110,8 @@ fn a_touched_page_is_fetched_placed_and_its_waiters_are_woken() {
     engine.on_events(&[event(3), event(4), event(6)]).unwrap();
     assert_eq!(engine.marks(), []);
     while receive(&engine) < 1 || engine.report().pages_present < 3 {}
-    let woken: u64 = engine.marks().iter().map(|(_, range)| range.count).sum();
-    assert_eq!(woken, 3);
+    // Who places a page lets its waiters go.
+    assert_eq!(engine.marks(), []);
     assert_eq!([3, 4, 6].map(|page| byte(&view, page)), [3, 4, 6]);
     let report = engine.report();
     assert_eq!(
@@ -153,7 +153,7 @@ fn the_same_event_twice_is_one_request_and_one_place() {
     engine.on_events(&[event(3)]).unwrap();
     engine.on_events(&[event(3)]).unwrap();
     assert_eq!(receive(&engine), 1);
-    assert_eq!(engine.marks(), [(State::Present, PageRange::page(3))]);
+    assert_eq!(engine.marks(), []);
     // The guest writes; a copy that comes late must not.
     view.write(3, &[0xee; PAGE_SIZE]).unwrap();
     let mut batch = Batch::default();
@@ -184,7 +184,8 @@ fn zero_pages_are_marked_zero_on_shmem_and_written_on_hugetlb() {
     view.write(0, &[9; PAGE_SIZE]).unwrap();
     on_hugetlb.on_events(&[event(0)]).unwrap();
     receive(&on_hugetlb);
-    assert_eq!(on_hugetlb.marks(), [(State::Present, PageRange::page(0))]);
+    assert_eq!(on_hugetlb.marks(), []);
+    assert_eq!(on_hugetlb.report().pages_present, 1);
     assert_eq!(byte(&view, 0), 0);
 }
 
@@ -235,7 +236,7 @@ fn an_unreadable_page_stays_absent_and_is_tried_again() {
         .unwrap();
     writer.write_all(&[7; PAGE_SIZE]).unwrap();
     let start = Instant::now();
-    while engine.marks().is_empty() {
+    while engine.report().pages_present == 0 {
         assert!(start.elapsed() < LONG, "it was not asked for again");
         engine.retry().unwrap();
         receive_once(&engine, engine.faults(), Duration::from_millis(20)).unwrap();
@@ -318,8 +319,7 @@ fn slot_at(first: u64) -> super::slot::Slot {
         backing_page_size: 2 << 20,
         name: None,
     };
-    let present = crate::PresentBitmap::for_tests(8);
-    super::slot::Slot::new(info, memfd.map_all().unwrap(), present, first).unwrap()
+    super::slot::tests::plain(info, &memfd, first)
 }
 
 #[test]
@@ -331,8 +331,9 @@ fn a_memslot_that_is_gone_is_not_served_any_more() {
     };
     let engine = Engine::new(notes, source(&file)).unwrap();
     engine.slots.insert(slot(8, 0, 4096).0).unwrap();
-    engine.on_events(&[event(3)]).unwrap();
-    receive(&engine);
+    // Zeros on shmem are marked.
+    engine.on_events(&[event(0)]).unwrap();
+    receive_once(&engine, engine.faults(), Duration::from_millis(50)).unwrap();
     assert!(engine.slots.get(0).is_none());
     // Its events, if any are left, are of no use.
     engine.on_events(&[event(4), event(1000)]).unwrap();
@@ -348,7 +349,7 @@ fn other_errors_of_a_mark_end_the_handler() {
     };
     let engine = Engine::new(notes, source(&file)).unwrap();
     engine.slots.insert(slot(8, 0, 4096).0).unwrap();
-    engine.on_events(&[event(3)]).unwrap();
+    engine.on_events(&[event(0)]).unwrap();
     assert!(matches!(
         receive_once(&engine, engine.faults(), LONG),
         Err(Error::Module(_))
@@ -488,7 +489,7 @@ fn a_source_that_sends_twice_and_in_any_order_places_once() {
     }
     let report = engine.report();
     assert_eq!((report.pages_fetched, report.pages_present), (4, 4));
-    // Pages 5 and 1 were waited for twice, and woken twice.
+    // By the copies that came late: somebody may wait still. Pages 5 and 1 were waited for twice.
     assert_eq!(woken, BTreeMap::from([(1, 2), (5, 2), (9, 1), (63, 1)]));
     assert!([1, 5, 9, 63]
         .iter()

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Bytes that a caller has for absent pages. The locks are those of memslot.rs.
+
+use super::Memslot;
+use crate::{
+    moving::ON_ITS_WAY,
+    pages::{
+        Mode,
+        Pages, //
+    },
+    rules::touch::State, //
+};
+use kernel::{
+    error::code::EHWPOISON,
+    page::Page,
+    prelude::*,
+    sync::Arc, //
+};
+
+/// What became of a page that was to be placed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Placed {
+    /// It has these bytes, and is present.
+    Now,
+    /// It was present.
+    Present,
+    /// It is poisoned.
+    Lost,
+}
+
+impl Memslot {
+    /// Gives an absent page its bytes, and lets its waiters go on; a page that is present, or poisoned, is left alone.
+    pub(crate) fn place(self: &Arc<Self>, page: u64, bytes: &Page) -> Result<Placed> {
+        loop {
+            match self.try_place(page, bytes) {
+                Err(e) if e == ON_ITS_WAY => self.wait_for_move(),
+                Err(e) if e == EHWPOISON => self.examine(page)?,
+                other => return other,
+            }
+        }
+    }
+
+    fn try_place(&self, page: u64, bytes: &Page) -> Result<Placed> {
+        let _changes = self.changes.lock();
+        let fill = |pages: &Pages| {
+            match pages.mode() {
+                Mode::Removed => return Err(ENOENT),
+                Mode::Off => return Err(ENXIO),
+                Mode::On { .. } => (),
+            }
+            match pages.state(page) {
+                State::Poisoned => return Ok((Placed::Lost, false)),
+                State::Present => return Ok((Placed::Present, false)),
+                _ => (),
+            }
+            // Nobody has the page mapped, and others who fill it take `changes`, too.
+            self.backing.frame(pages, page)?.fill(bytes);
+            pages.filled(page)?;
+            Ok((Placed::Now, pages.look(page).1 == u64::MAX))
+        };
+        let pages = self.pages.read();
+        let (placed, may_be_whole) = if pages.source().is_none() {
+            fill(&pages)?
+        } else {
+            drop(pages);
+            // A page must not become present while it is read from its source.
+            fill(&self.pages.write())?
+        };
+        if placed == Placed::Now {
+            self.wake(page, page);
+            self.stats.placed().add(1);
+        }
+        if may_be_whole {
+            self.unmap_whole_blocks(page, 1);
+        }
+        Ok(placed)
+    }
+}
