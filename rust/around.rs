@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Present neighbours that a fault maps together with its page, so that they need no fault of their own.
+//! Neighbours that a fault maps together with its page, so that they need no fault of their own.
 //!
 //! Only what costs nothing but a page table entry: pages that are present and whose folios are pinned. On
 //! hugetlb the page's own folio is, so that is all present pages of the window. On shmem those are pages
 //! that were mapped before, here or by others, or that were pinned with their block: to pin a page nobody
 //! has touched would charge it to RLIMIT_MEMLOCK, and allocate it if it is a hole.
+//!
+//! Where a source has the bytes of absent neighbours, and touches around say that they will be wanted
+//! (rules/fill.rs), a fault that fills its page fills them, too: those of the page's own allocation, from the
+//! page cache. So on shmem there are none, for the reasons above.
 //!
 //! # Locks
 //!
@@ -14,14 +18,21 @@
 
 use crate::{
     fault_around_pages,
-    ffi::vma::Fault,
+    ffi::{
+        memfd::Pfn,
+        vma::Fault, //
+    },
     memslot::Memslot,
     pages::Pages,
-    rules::around::{
-        buddy,
-        is_set,
-        window, //
-    }, //
+    rules::{
+        around::{
+            buddy,
+            is_set,
+            window, //
+        },
+        fill::group, //
+    },
+    source::Source, //
 };
 
 /// A fault has mapped its page as a single one: maps its neighbours, too, if that looks worth it. `word` holds
@@ -35,6 +46,48 @@ pub(crate) fn map(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, word: u64) {
     if is_set(word, buddy) && fault_around_pages() > 1 && !fault.is_mapped_near(buddy) {
         map_window(slot, pages, fault, buddy);
     }
+}
+
+/// A fault has filled its page from the source, and mapped it as a single one: fills its neighbours, too, if that
+/// looks worth it, and maps them. Returns the present bits around the page, which were `word`.
+#[inline(always)]
+pub(crate) fn fill(
+    slot: &Memslot,
+    pages: &Pages,
+    fault: &Fault<'_>,
+    source: &Source,
+    frame: Pfn<'_>,
+    mut word: u64,
+) -> u64 {
+    if slot.backing.order() == 0 || !fill_group(slot, pages, fault, source, frame, &mut word) {
+        map(slot, pages, fault, word);
+    }
+    word
+}
+
+/// Says whether it filled any; they are mapped then.
+#[inline(never)]
+fn fill_group(
+    slot: &Memslot,
+    pages: &Pages,
+    fault: &Fault<'_>,
+    source: &Source,
+    frame: Pfn<'_>,
+    word: &mut u64,
+) -> bool {
+    let page = fault.pgoff();
+    let limit = fault_around_pages().min(1 << slot.backing.order());
+    let group = group(*word, page, limit);
+    if group == 0 {
+        return false;
+    }
+    let filled = source.fill_near(pages, page, frame, group, word);
+    if filled == 0 {
+        return false;
+    }
+    slot.stats.source_ahead().add(filled);
+    map_window(slot, pages, fault, buddy(page));
+    true
 }
 
 #[inline(never)]

@@ -19,7 +19,6 @@ use crate::{
             Pfn,
             Pinned,
             Pins,
-            FRAMES,
             PINS, //
         },
         memory_failure::BadFrame,
@@ -28,6 +27,7 @@ use crate::{
     },
     pages::Pages,
     rules::{
+        bits::ones,
         collapse::BLOCK_PAGES,
         range::PageRange, //
     }, //
@@ -253,13 +253,13 @@ impl Backing {
     pub(crate) fn pinned_frames<'a>(&self, pages: &'a Pages, first: u64, bits: u64) -> Frames<'a> {
         let mut frames = Frames::new();
         let mut known: Option<(usize, &Pins)> = None;
-        for i in (0..FRAMES).filter(|i| bits >> i & 1 != 0) {
-            let (leaf, at, into) = self.locate(first + i as u64);
+        for i in ones(bits) {
+            let (leaf, at, into) = self.locate(first + i);
             if known.is_none_or(|(known, _)| known != leaf) {
                 known = pages.pins.get(leaf).map(|pins| (leaf, pins));
             }
             if let Some(frame) = known.and_then(|(_, pins)| pins.get(at)) {
-                frames.set(i, frame.add(into));
+                frames.set(i as usize, frame.add(into));
             }
         }
         frames

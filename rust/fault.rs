@@ -184,7 +184,12 @@ fn page_fault<'a>(slot: ArcBorrow<'_, Memslot>, fault: Fault<'a>) -> Result<Outc
     let (state, word) = pages.look(page);
     if state == State::Present {
         let frame = slot.backing.frame(&pages, page);
-        let outcome = frame.map(|frame| insert(slot, &pages, &fault, frame, word));
+        let outcome = frame.map(|frame| {
+            insert(slot, &pages, &fault, frame, || {
+                around::map(&slot, &pages, &fault, word);
+                word
+            })
+        });
         drop(pages);
         return Ok(match outcome {
             Ok(outcome) => mapped(&slot, fault, page, 0, outcome),
@@ -211,22 +216,22 @@ fn page_fault_again(slot: ArcBorrow<'_, Memslot>, mut fault: Fault<'_>) -> Outco
     }
 }
 
-/// Maps a page that is present, and what is best mapped with it. `word` holds the present bits around it.
+/// Maps a page that is present, then what is best mapped with it, by `around`, which returns the present bits
+/// around it.
 #[inline(always)]
 fn insert(
     slot: ArcBorrow<'_, Memslot>,
     pages: &Pages,
     fault: &Fault<'_>,
     frame: Pfn<'_>,
-    word: u64,
+    around: impl FnOnce() -> u64,
 ) -> Outcome {
     // Another thread may have mapped the whole block since this fault fell back to a page.
     let outcome = if fault.is_in_block() {
         Outcome::Mapped
     } else {
         let outcome = fault.insert_pfn(frame);
-        around::map(&slot, pages, fault, word);
-        collapse::consider(&slot, pages, fault, 0, frame, word);
+        collapse::consider(&slot, pages, fault, 0, frame, around());
         outcome
     };
     ahead::consider(slot, pages, fault.pgoff());
@@ -280,7 +285,9 @@ fn fill<'a>(
     let outcome = match source.fill(&slot, &pages, page) {
         Ok(Filled::Now(frame, word)) => {
             slot.stats.source_reads().add(1);
-            insert(slot, &pages, &fault, frame, word)
+            insert(slot, &pages, &fault, frame, || {
+                around::fill(&slot, &pages, &fault, source, frame, word)
+            })
         }
         Ok(Filled::Already) => return Err(fault),
         Ok(Filled::NotCached) => {

@@ -58,35 +58,39 @@ struct around {
 	const struct vm_area_struct *vma;
 	unsigned long start;
 	const unsigned long *pfns;
+	u64 there;
 };
 
 /* As insert_pfn() in mm/memory.c. The page table is locked. */
 static int insert_around(pte_t *pte, unsigned long address, void *data)
 {
 	const struct around *around = data;
-	unsigned long pfn = around->pfns[(address - around->start) >> PAGE_SHIFT];
+	unsigned int i = (address - around->start) >> PAGE_SHIFT;
 
-	if (pfn && pte_none(ptep_get(pte)))
+	if (around->there & BIT_ULL(i) && pte_none(ptep_get(pte)))
 		set_pte_at(around->vma->vm_mm, address, pte,
-			   pte_mkspecial(pfn_pte(pfn, around->vma->vm_page_prot)));
+			   pte_mkspecial(pfn_pte(around->pfns[i],
+						 around->vma->vm_page_prot)));
 	return 0;
 }
 
 /*
- * Maps @count page frames from @address on where nothing is mapped; one that is
- * 0 is left out. No huge entry is there.
+ * Maps those of the page frames from @address on whose bits are set in @there, which
+ * is not 0, where nothing is mapped. No huge entry is there.
  */
 void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
-		     const unsigned long *pfns, unsigned long count)
+		     const unsigned long *pfns, u64 there)
 {
 	struct around around = {
 		.vma = vma,
 		.start = address,
 		.pfns = pfns,
+		.there = there,
 	};
 
 	/* What fails for want of a page table is left to its own fault. */
-	apply_to_page_range(vma->vm_mm, address, count << PAGE_SHIFT,
+	apply_to_page_range(vma->vm_mm, address,
+			    (unsigned long)fls64(there) << PAGE_SHIFT,
 			    insert_around, &around);
 }
 
@@ -424,7 +428,13 @@ void kdp_bit_lock(unsigned long *word, int bit)
 	wait_on_bit_lock(word, bit, TASK_UNINTERRUPTIBLE);
 }
 
-/* Releases, to pair with that. */
+/* Acquires, too, if it is free. */
+bool kdp_bit_trylock(unsigned long *word, int bit)
+{
+	return !test_and_set_bit_lock(bit, word);
+}
+
+/* Releases, to pair with those. */
 void kdp_bit_unlock(unsigned long *word, int bit)
 {
 	clear_and_wake_up_bit(bit, word);

@@ -23,7 +23,7 @@ struct kvm_vcpu;
 bool kdp_fault_is_in_block(const struct vm_fault *vmf);
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address);
 void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
-		     const unsigned long *pfns, unsigned long count);
+		     const unsigned long *pfns, u64 there);
 bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order);
 void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
@@ -92,6 +92,7 @@ void kdp_punch_huge(struct file *memfd, pgoff_t index);
 
 /* bits that are locks */
 void kdp_bit_lock(unsigned long *word, int bit);
+bool kdp_bit_trylock(unsigned long *word, int bit);
 void kdp_bit_unlock(unsigned long *word, int bit);
 
 /* work */

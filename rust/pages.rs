@@ -302,6 +302,26 @@ impl Pages {
         }
     }
 
+    /// Those of the pages whose bits are in one word with a page's that are in the state "sourced", as such bits.
+    pub(crate) fn sourced(&self, page: u64) -> u64 {
+        let (Mode::On { default }, Some(supply)) = (self.mode, &self.supply) else {
+            return 0;
+        };
+        let (chunk, word, _) = range::locate(page);
+        let bits = |tree: &Tree<SharedPage>, default| match Self::words(tree, chunk) {
+            Some(words) => words[word].load_acquire(),
+            None if default => u64::MAX,
+            None => 0,
+        };
+        let mut sourced = bits(&supply.has, supply.default) & !bits(&self.zero, false);
+        // After the zero bits, as in `look_further()`.
+        sourced &= !bits(&self.present, default);
+        if !self.poison.is_empty() {
+            sourced &= !self.poison.word(page);
+        }
+        sourced
+    }
+
     /// Whether every page of a range can be mapped.
     pub(crate) fn all_mappable(&self, range: PageRange) -> bool {
         self.all_present(range, true) && self.poison.first(range).is_none()
@@ -456,6 +476,14 @@ pub(crate) struct PresentBit<'a> {
 }
 
 impl PresentBit<'_> {
+    /// The bit of a page in the same word.
+    pub(crate) fn beside(&self, page: u64) -> Self {
+        Self {
+            word: self.word,
+            bit: range::locate(page).2,
+        }
+    }
+
     /// Whether it is set.
     #[inline]
     pub(crate) fn is_set(&self) -> bool {

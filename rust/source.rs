@@ -28,6 +28,8 @@ use crate::{
     moving::ON_ITS_WAY,
     pages::Pages,
     rules::{
+        bits::ones,
+        range::WORD_PAGES,
         stream::Streams,
         touch::State, //
     }, //
@@ -176,6 +178,40 @@ impl Source {
             }
         }
         Ok(Filled::Now(frame, present.set()))
+    }
+
+    /// Fills neighbours of a page that was just filled into `frame`: those of a group around it, bits of its word and
+    /// pages of its folio, that are in the state "sourced", where that waits for nothing. Returns how many;
+    /// `seen`, the present bits of the word, is brought up to date.
+    ///
+    /// Each is locked and looked at like one that is touched. Whoever touches what cannot be read learns why.
+    pub(crate) fn fill_near(
+        &self,
+        pages: &Pages,
+        page: u64,
+        frame: Pfn<'_>,
+        group: u64,
+        seen: &mut u64,
+    ) -> u64 {
+        let Ok(present) = pages.present_bit(page) else {
+            return 0;
+        };
+        let first = page - page % WORD_PAGES + u64::from(group.trailing_zeros());
+        let frames = frame.sub(page - first);
+        let mut filled = 0;
+        for at in ones((group & pages.sourced(page)) >> group.trailing_zeros()) {
+            let neighbour = first + at;
+            let Some(_filling) = self.filling.try_lock(neighbour) else {
+                continue;
+            };
+            let present = present.beside(neighbour);
+            let copy = || self.file.copy(self.index(neighbour), frames.add(at));
+            if !present.is_set() && matches!(copy(), Ok(true)) {
+                *seen = present.set();
+                filled += 1;
+            }
+        }
+        filled
     }
 
     /// Reads a page, so that the next look finds it, in the page cache if not present. No lock is held.

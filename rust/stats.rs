@@ -44,7 +44,7 @@ counters! {
     zero_filled => "zero-filled",
     /// Pages that were read from a source when they were touched.
     source_reads => "source-reads",
-    /// Pages that were read ahead.
+    /// Pages that were read before they were touched.
     source_ahead => "source-ahead",
     /// Touches that a source failed.
     source_errors => "source-errors",

@@ -22,12 +22,17 @@ impl BitLocks {
         SharedPage::new(false).map(Self)
     }
 
+    #[inline]
+    fn locate(&self, thing: u64) -> (*mut usize, i32) {
+        let at = thing % CHUNK_PAGES;
+        let word = self.0.words()[(at / WORD_PAGES) as usize].as_ptr();
+        (word, (at % WORD_PAGES) as i32)
+    }
+
     /// Waits for the lock of a thing. May sleep.
     #[inline]
     pub(crate) fn lock(&self, thing: u64) -> BitGuard<'_> {
-        let at = thing % CHUNK_PAGES;
-        let word = self.0.words()[(at / WORD_PAGES) as usize].as_ptr();
-        let bit = (at % WORD_PAGES) as i32;
+        let (word, bit) = self.locate(thing);
         // SAFETY: `word` is a valid word, which is accessed by atomic operations only.
         unsafe { c::kdp_bit_lock(word, bit) };
         // INVARIANT: The lock was just taken.
@@ -36,6 +41,19 @@ impl BitLocks {
             bit,
             _locks: self,
         }
+    }
+
+    /// Takes the lock of a thing, if it is free.
+    pub(crate) fn try_lock(&self, thing: u64) -> Option<BitGuard<'_>> {
+        let (word, bit) = self.locate(thing);
+        // SAFETY: As in `lock()`.
+        let taken = unsafe { c::kdp_bit_trylock(word, bit) };
+        // INVARIANT: The lock was just taken.
+        taken.then(|| BitGuard {
+            word,
+            bit,
+            _locks: self,
+        })
     }
 }
 

@@ -9,7 +9,10 @@ use super::{
     file::RawFile,
     memory_failure::BadFrame, //
 };
-use core::marker::PhantomData;
+use core::{
+    marker::PhantomData,
+    mem::MaybeUninit, //
+};
 use kernel::{
     error::to_result,
     prelude::*,
@@ -228,26 +231,31 @@ pub(crate) const FRAMES: usize = 64;
 ///
 /// # Invariants
 ///
-/// A number that is not 0 is that of a [`Pfn<'a>`]. (Frame 0 is never memory of a file.)
+/// Where the bit of `there` is set, the number is that of a [`Pfn<'a>`].
 pub(crate) struct Frames<'a> {
-    pub(super) numbers: [usize; FRAMES],
+    pub(super) numbers: [MaybeUninit<usize>; FRAMES],
+    pub(super) there: u64,
     _pinned: PhantomData<Pfn<'a>>,
 }
 
 impl<'a> Frames<'a> {
     /// None.
+    #[inline]
     pub(crate) fn new() -> Self {
-        // INVARIANT: All are 0.
+        // INVARIANT: No bit is set.
         Self {
-            numbers: [0; FRAMES],
+            numbers: [const { MaybeUninit::uninit() }; FRAMES],
+            there: 0,
             _pinned: PhantomData,
         }
     }
 
     /// Puts a frame in its place.
+    #[inline]
     pub(crate) fn set(&mut self, at: usize, frame: Pfn<'a>) {
         // INVARIANT: It is that of a `Pfn<'a>`.
-        self.numbers[at] = frame.number;
+        self.numbers[at].write(frame.number);
+        self.there |= 1 << at;
     }
 }
 

@@ -228,23 +228,22 @@ impl Fault<'_> {
     /// Maps page frames where nothing is mapped: those of pages side by side, of which `first` is the first.
     /// What lies outside the area is left out. No block is mapped there, which the caller's lock ensures.
     pub(crate) fn insert_frames(&self, first: u64, frames: &Frames<'_>) {
-        let is_there = |number: &usize| *number != 0;
-        let Some(from) = frames.numbers.iter().position(is_there) else {
+        let Some(last) = frames.there.checked_ilog2() else {
             return;
         };
-        let to = frames.numbers.iter().rposition(is_there).unwrap_or(from);
-        let Some(address) = self.address_of(first + from as u64) else {
+        let from = frames.there.trailing_zeros();
+        let Some(address) = self.address_of(first + u64::from(from)) else {
             return;
         };
-        if self.address_of(first + to as u64).is_some() {
-            // SAFETY: The area is valid and holds all these addresses. The frames are pinned, as in
-            // `insert_pfn()`.
+        if self.address_of(first + u64::from(last)).is_some() {
+            // SAFETY: The area is valid and holds all these addresses. Only the numbers that are there are read (type
+            // invariant), and their frames are pinned, as in `insert_pfn()`.
             unsafe {
                 c::kdp_insert_pfns(
                     self.info().vma,
                     address,
-                    frames.numbers[from..].as_ptr(),
-                    to - from + 1,
+                    frames.numbers[from as usize..].as_ptr().cast(),
+                    frames.there >> from,
                 )
             };
         }

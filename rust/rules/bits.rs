@@ -23,6 +23,16 @@ pub trait Word {
     fn clear(&self, mask: u64) -> u64;
 }
 
+/// The places of the bits of a word that are set.
+pub fn ones(word: u64) -> impl Iterator<Item = u64> {
+    let mut left = word;
+    core::iter::from_fn(move || {
+        let at = (left != 0).then(|| u64::from(left.trailing_zeros()))?;
+        left &= left - 1;
+        Some(at)
+    })
+}
+
 /// Whether a bit is set.
 pub fn is_set<W: Word>(words: &[W], word: usize, bit: u64) -> bool {
     words[word].load_acquire() & bit != 0

@@ -9,6 +9,7 @@
 pub mod around;
 pub mod bits;
 pub mod collapse;
+pub mod fill;
 pub mod name;
 pub mod poison;
 pub mod poll;

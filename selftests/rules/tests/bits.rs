@@ -4,7 +4,7 @@
 
 use crate::host::HostWord;
 use crate::ranges::part;
-use kdp_rules::rules::bits::{all, clear_both, first_set_unless, is_set, set, set_unless};
+use kdp_rules::rules::bits::{all, clear_both, first_set_unless, is_set, ones, set, set_unless};
 use kdp_rules::rules::range::{locate, ChunkPart, CHUNK_PAGES, CHUNK_WORDS};
 use proptest::prelude::*;
 
@@ -118,6 +118,12 @@ fn around(part: ChunkPart) -> impl Iterator<Item = ChunkPart> {
 }
 
 proptest! {
+    #[test]
+    fn ones_are_the_places_of_set_bits(word in any::<u64>()) {
+        let expected: Vec<u64> = (0..64).filter(|at| (word >> at) & 1 != 0).collect();
+        prop_assert_eq!(ones(word).collect::<Vec<_>>(), expected);
+    }
+
     #[test]
     fn changes_and_counts_are_exact(
         changes in prop::collection::vec((change(), part()), 1..16)

@@ -11,6 +11,7 @@ mod ranges;
 mod around;
 mod bits;
 mod collapse;
+mod fill;
 mod loom_bits;
 mod loom_pages;
 mod loom_shards;

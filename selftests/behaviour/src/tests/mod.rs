@@ -32,6 +32,7 @@ mod replace;
 mod scale;
 mod shmem;
 mod source;
+mod source_near;
 mod vcpu;
 mod vcpu_stress;
 
@@ -63,6 +64,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         prefetch::TESTS,
         scale::TESTS,
         source::TESTS,
+        source_near::TESTS,
         limit::TESTS,
     ]
     .into_iter()
