@@ -41,21 +41,9 @@ impl Account {
         })
     }
 
-    /// Folios that are pinned.
+    /// Folios that are pinned, or just about to be.
     pub(crate) fn pinned(&self) -> u64 {
         self.counters.sum(PINNED)
-    }
-
-    /// Pins a folio by `pin`, which says whether it was the first to. ENOMEM if the limit is reached.
-    pub(crate) fn pin<T>(&self, pin: impl FnOnce() -> Result<(T, bool)>) -> Result<T> {
-        self.charge()?;
-        let pinned = pin();
-        if matches!(pinned, Ok((_, true))) {
-            self.counters.add(PINNED, 1);
-        } else {
-            self.give_back();
-        }
-        pinned.map(|(pinned, _)| pinned)
     }
 
     /// Pins up to `count` folios by `pin`, which says how many it did; none if the limit is reached.
@@ -82,22 +70,33 @@ impl Account {
         self.payer.is_some()
     }
 
-    fn charge(&self) -> Result {
-        let Some(payer) = &self.payer else {
-            return Ok(());
-        };
-        if self.limit.is_none() {
-            if !self.counters.take(STOCK) {
-                payer.charge(BATCH, self.limit);
-                self.counters.add(STOCK, BATCH as u64 - 1);
+    /// A folio is going to be pinned. ENOMEM if the limit is reached.
+    #[inline(always)]
+    pub(crate) fn charge(&self) -> Result {
+        match &self.payer {
+            Some(_) if self.limit.is_none() && self.counters.transfer(STOCK, PINNED) => {
+                return Ok(());
             }
-            return Ok(());
+            Some(payer) if self.limit.is_none() => self.stock_up(payer),
+            Some(payer) if !payer.charge(1, self.limit) => return Err(ENOMEM),
+            _ => (),
         }
-        payer.charge(1, self.limit).then_some(()).ok_or(ENOMEM)
+        self.counters.add(PINNED, 1);
+        Ok(())
     }
 
-    /// What was charged is not needed.
-    fn give_back(&self) {
+    #[cold]
+    #[inline(never)]
+    fn stock_up(&self, payer: &User) {
+        payer.charge(BATCH, self.limit);
+        self.counters.add(STOCK, BATCH as u64 - 1);
+    }
+
+    /// It was not, or another thread was faster.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn give_back(&self) {
+        self.counters.add(PINNED, 1_u64.wrapping_neg());
         match &self.payer {
             Some(_) if self.limit.is_none() => self.counters.add(STOCK, 1),
             Some(payer) => payer.uncharge(1),

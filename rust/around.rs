@@ -43,7 +43,7 @@ use crate::{
 #[inline]
 pub(crate) fn map(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, word: u64) {
     let buddy = buddy(fault.pgoff());
-    if is_set(word, buddy) && fault_around_pages() > 1 && !fault.is_mapped_near(buddy) {
+    if is_set(word, buddy) && !fault.is_mapped_near(buddy) && fault_around_pages() > 1 {
         map_window(slot, pages, fault, buddy);
     }
 }

@@ -168,26 +168,64 @@ impl Backing {
 
     /// The frame of a page; pins its folio if that has not happened yet. ENOMEM if there is no memory
     /// for it, or the limit is reached; EHWPOISON if it had a memory error before and is not poisoned: then
-    /// [`Memslot::examine`](crate::memslot::Memslot::examine) is to be called first.
+    /// [`Memslot::examine`](crate::memslot::Memslot::examine) is to be called first;
+    /// [`ON_ITS_WAY`](crate::moving::ON_ITS_WAY) while it is being moved.
     #[inline(always)]
     pub(crate) fn frame<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
         let (leaf, at, into) = self.locate(page);
-        if let Some(first) = pages.pins.get(leaf).and_then(|pins| pins.get(at)) {
+        let pins = pages.pins.get(leaf);
+        if let Some(first) = pins.and_then(|pins| pins.get(at)) {
             return Ok(first.add(into));
         }
-        self.frame_unpinned(pages, page)
-    }
-
-    /// The same, where there is no pin yet, or the page's huge page is being moved: then also
-    /// [`ON_ITS_WAY`](crate::moving::ON_ITS_WAY).
-    #[cold]
-    #[inline(never)]
-    fn frame_unpinned<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
         if let Some(moving) = pages.moving(page) {
             return moving.frame(page);
         }
-        let (leaf, at, into) = self.locate(page);
-        self.pin(pages, leaf, at).map(|first| first.add(into))
+        self.account.charge()?;
+        let pinned = self.pin(pages, pins, (leaf, at), page - into);
+        if !matches!(pinned, Ok((_, true))) {
+            self.account.give_back();
+        }
+        pinned.map(|(first, _)| first.add(into))
+    }
+
+    /// Pins the folio that begins with page `first`, unless another thread was faster. Its pin belongs to
+    /// `pins`, if they are there.
+    #[inline(always)]
+    fn pin<'a>(
+        &self,
+        pages: &'a Pages,
+        pins: Option<&'a Pins>,
+        (leaf, at): (usize, usize),
+        first: u64,
+    ) -> Result<(Pfn<'a>, bool)> {
+        let pins = match pins {
+            Some(pins) => pins,
+            None => Self::add_pins(pages, leaf)?,
+        };
+        let (pin, had_error) = self.memfd.pin(self.offset + first)?;
+        if had_error {
+            self.check_error(pages, first)?;
+        }
+        Ok(pins.insert(at, pin))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn add_pins(pages: &Pages, leaf: usize) -> Result<&Pins> {
+        // Another thread may have been faster: then its pins count.
+        pages.pins.insert(leaf, Pins::new()?)?;
+        pages.pins.get(leaf).ok_or(ENOMEM)
+    }
+
+    /// The folio that begins with page `first` had a memory error: whether that has been examined.
+    #[cold]
+    #[inline(never)]
+    fn check_error(&self, pages: &Pages, first: u64) -> Result {
+        if pages.poison.any_bad(first, 1 << self.order()) {
+            Ok(())
+        } else {
+            Err(EHWPOISON)
+        }
     }
 
     /// Takes out the pin of the folio that begins with a page, if there is one. It can be put back.
@@ -263,22 +301,6 @@ impl Backing {
             }
         }
         frames
-    }
-
-    fn pin<'a>(&self, pages: &'a Pages, leaf: usize, at: usize) -> Result<Pfn<'a>> {
-        self.account.pin(|| {
-            if pages.pins.get(leaf).is_none() {
-                pages.pins.insert(leaf, Pins::new()?)?;
-            }
-            let pins = pages.pins.get(leaf).ok_or(ENOMEM)?;
-            let granule = (leaf * PINS + at) as u64;
-            let pin = self.memfd.pin(granule)?;
-            let first = (granule << self.order()) - self.offset;
-            if pin.has_error() && !pages.poison.any_bad(first, 1 << self.order()) {
-                return Err(EHWPOISON);
-            }
-            Ok(pins.insert(at, pin))
-        })
     }
 
     /// shmem: hugetlb pages are not charged, they are reserved and limited by other means.

@@ -168,12 +168,19 @@ fn touch(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Access {
 
 /// If the fault is a stage-2 fault of a thread with exits on, says in its `kvm_run` why KVM_RUN is
 /// going to fail, should it fail.
+#[inline(always)]
 fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bool {
     if !is_guest(fault) {
         return false;
     }
     let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
     vcpu::prepare_exit(slot.vm.serial(), slot.place.base_gfn + page, reason | write)
+}
+
+/// The same for a page that is mapped now, and may be unmapped again before KVM looks for it.
+#[inline(never)]
+fn prepare_retry(slot: &Memslot, fault: &Fault<'_>, page: u64) -> bool {
+    prepare_exit(slot, fault, page, KDP_EXIT_RETRY)
 }
 
 /// A fault of one page. Gives the fault back if the page must be looked at again.
@@ -200,6 +207,30 @@ fn page_fault<'a>(slot: ArcBorrow<'_, Memslot>, fault: Fault<'a>) -> Result<Outc
         return fill(slot, pages, fault, page);
     }
     drop(pages);
+    if state == State::Absent {
+        serve_absent(slot, fault, page)
+    } else {
+        serve_other(slot, fault, page, state)
+    }
+}
+
+/// [`serve`] for the one state that is common.
+#[inline(never)]
+fn serve_absent<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'a>,
+    page: u64,
+) -> Result<Outcome, Fault<'a>> {
+    serve(slot, fault, page, State::Absent)
+}
+
+#[inline(never)]
+fn serve_other<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'a>,
+    page: u64,
+    state: State,
+) -> Result<Outcome, Fault<'a>> {
     serve(slot, fault, page, state)
 }
 
@@ -252,7 +283,7 @@ fn mapped(slot: &Memslot, fault: Fault<'_>, page: u64, order: u32, outcome: Outc
         slot.stats.faults_huge()
     };
     counter.add(1);
-    trace::fault(slot.place.id, page, access(&fault), order);
+    trace::fault(slot.place.id, page, || access(&fault), order);
     // KVM looks for the page table entry next, and fails with an EFAULT that no VMM expects if it has been
     // unmapped again by then. Where the lock was dropped it looks and begins anew instead
     // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). That costs it a second look, so it is kept
@@ -262,7 +293,7 @@ fn mapped(slot: &Memslot, fault: Fault<'_>, page: u64, order: u32, outcome: Outc
     if !is_guest(&fault)
         || fault.is_retried()
         || vcpu::is_pre_faulting()
-        || prepare_exit(slot, &fault, page, KDP_EXIT_RETRY)
+        || prepare_retry(slot, &fault, page)
     {
         return outcome;
     }
@@ -295,7 +326,7 @@ fn fill<'a>(
             drop(pages);
             return match decide(State::Sourced, toucher(&fault, false), true) {
                 Verdict::Fetch => Ok(fetch(slot, fault, &source, page)),
-                Verdict::Retry => Ok(Outcome::RetryLocked),
+                Verdict::Retry => Ok(Outcome::Retry),
                 _ => Ok(fail(&slot)),
             };
         }
@@ -320,7 +351,7 @@ fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
 
 /// Does what is to be done for a page that has neither bytes nor a source. Gives the fault back if the page must be
 /// looked at again.
-#[inline(never)]
+#[inline(always)]
 fn serve<'a>(
     slot: ArcBorrow<'_, Memslot>,
     fault: Fault<'a>,
@@ -342,7 +373,7 @@ fn serve<'a>(
         }
         Verdict::Poison => Ok(poisoned(&slot)),
         Verdict::Wait => wait(slot, fault, page),
-        Verdict::Retry => Ok(Outcome::RetryLocked),
+        Verdict::Retry => Ok(Outcome::Retry),
         Verdict::Fail => Ok(fail(&slot)),
         Verdict::FillZero => match slot.fill_zero(page) {
             Ok(()) => Err(fault),
@@ -354,9 +385,11 @@ fn serve<'a>(
 }
 
 fn exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> Outcome {
-    let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
-    let gpa = (slot.place.base_gfn + page) << KDP_PAGE_SHIFT;
-    trace::exit(slot.place.id, page, gpa, reason | write);
+    trace::exit(slot.place.id, page, || {
+        let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
+        let gpa = (slot.place.base_gfn + page) << KDP_PAGE_SHIFT;
+        (gpa, reason | write)
+    });
     slot.stats.exits().add(1);
     Outcome::Fail
 }
@@ -393,7 +426,7 @@ fn examine(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64) -> Outcome
         return fail(&slot);
     }
     if fault.no_wait() {
-        return Outcome::RetryLocked;
+        return Outcome::Retry;
     }
     // Without memory for it the retry tries again; who is killed does not come back.
     unlocked(slot, fault, |slot| {
@@ -408,7 +441,7 @@ fn await_move(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
         return fail(&slot);
     }
     if fault.no_wait() {
-        return Outcome::RetryLocked;
+        return Outcome::Retry;
     }
     unlocked(slot, fault, |slot| slot.wait_for_move())
 }

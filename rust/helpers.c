@@ -288,27 +288,46 @@ static long kdp_allocate_huge(struct file *memfd, pgoff_t index)
 				      huge_page_size(hstate_file(memfd)));
 }
 
-/* Pins the page, or the huge page, at @index; *@pfn is that of the page. */
-long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
+static long pin_folio(struct file *memfd, pgoff_t index, struct folio **folio,
+		      pgoff_t *offset)
 {
 	loff_t start = (loff_t)index << PAGE_SHIFT;
+	long n = memfd_pin_folios(memfd, start, start + PAGE_SIZE - 1, folio, 1,
+				  offset);
+
+	return n ?: -ENOMEM;
+}
+
+/* Pins the page at @index; *@pfn is its frame. 1 if that had a memory error before. */
+long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
+{
+	struct folio *folio;
+	struct page *page;
+	pgoff_t offset;
+	long n = pin_folio(memfd, index, &folio, &offset);
+
+	if (n < 0)
+		return n;
+	page = folio_page(folio, offset >> PAGE_SHIFT);
+	*pfn = page_to_pfn(page);
+	return PageHWPoison(page);
+}
+
+/* The same for the huge page at @index; 1 if any page of it had an error. */
+long kdp_pin_huge_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
+{
 	struct folio *folio;
 	pgoff_t offset;
-	long n = 0;
+	long n = kdp_allocate_huge(memfd, index);
 
-	if (is_file_hugepages(memfd))
-		n = kdp_allocate_huge(memfd, index);
 	/* A signal ends it: the fault goes on, at the risk of a lost reservation. */
 	if (n < 0 && n != -EINTR)
 		return n;
-	n = memfd_pin_folios(memfd, start, start + PAGE_SIZE - 1, &folio, 1,
-			     &offset);
+	n = pin_folio(memfd, index, &folio, &offset);
 	if (n < 0)
 		return n;
-	if (n == 0)
-		return -ENOMEM;
 	*pfn = folio_pfn(folio) + (offset >> PAGE_SHIFT);
-	return 0;
+	return folio_test_hwpoison(folio);
 }
 
 /*
@@ -396,19 +415,6 @@ bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index)
 	folio_unlock(folio);
 	folio_put(folio);
 	return found;
-}
-
-/*
- * Whether the frame, which is pinned, had an error before; of a huge page, whether
- * any of it had.
- */
-bool kdp_pfn_has_error(unsigned long pfn)
-{
-	struct folio *folio = pfn_folio(pfn);
-
-	if (folio_test_hugetlb(folio))
-		return folio_test_hwpoison(folio);
-	return PageHWPoison(pfn_to_page(pfn));
 }
 
 /* Whether a page of a memfd can be read: the file knows which of a huge page can. */
@@ -511,15 +517,17 @@ void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n)
 	this_cpu_add(((u64 __percpu *)counters)[i], n);
 }
 
-/* One of those that this CPU has, if it has any. */
-bool kdp_percpu_take(unsigned long counters, unsigned int i)
+/* Counts one of those that this CPU has in counter @from, if any, in @to instead. */
+bool kdp_percpu_move(unsigned long counters, unsigned int from, unsigned int to)
 {
-	u64 *here = get_cpu_ptr((u64 __percpu *)counters + i);
-	bool any = *here;
+	u64 *here = get_cpu_ptr((u64 __percpu *)counters);
+	bool any = here[from];
 
-	if (any)
-		--*here;
-	put_cpu_ptr((u64 __percpu *)counters + i);
+	if (any) {
+		--here[from];
+		++here[to];
+	}
+	put_cpu_ptr((u64 __percpu *)counters);
 	return any;
 }
 

@@ -54,6 +54,7 @@ bool kdp_file_writable(struct file *file);
 int kdp_mapping_hold_writable(struct file *file);
 void kdp_mapping_release_writable(struct file *file);
 long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn);
+long kdp_pin_huge_page(struct file *memfd, pgoff_t index, unsigned long *pfn);
 bool kdp_pfn_is_in_block(struct file *memfd, unsigned long pfn, pgoff_t index,
 			 unsigned int order);
 bool kdp_memfd_has_block(struct file *memfd, pgoff_t index, unsigned int order);
@@ -61,7 +62,6 @@ int kdp_pin_again(unsigned long pfn, unsigned int times);
 void kdp_unpin_pfn(unsigned long pfn);
 void kdp_zero_pfn(unsigned long pfn);
 unsigned long kdp_file_identity(struct file *file);
-bool kdp_pfn_has_error(unsigned long pfn);
 bool kdp_memfd_can_read(struct file *memfd, pgoff_t index);
 bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index);
 void *kdp_page_words(struct page *page);
@@ -111,7 +111,7 @@ void kdp_uncharge_locked(struct user_struct *user, long pages);
 unsigned long kdp_percpu_alloc(unsigned int n);
 void kdp_percpu_free(unsigned long counters);
 void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n);
-bool kdp_percpu_take(unsigned long counters, unsigned int i);
+bool kdp_percpu_move(unsigned long counters, unsigned int from, unsigned int to);
 u64 kdp_percpu_sum(unsigned long counters, unsigned int i);
 
 /* files */
@@ -169,6 +169,8 @@ struct tracepoint *kdp_module_tracepoint(const struct tp_module *module,
 void kdp_tracepoint_synchronize(void);
 
 /* our own tracepoints */
+DECLARE_TRACEPOINT(kdp_fault);
+DECLARE_TRACEPOINT(kdp_exit);
 void kdp_trace_fault(u32 slot, u64 page, u32 access, u32 order);
 void kdp_trace_exit(u32 slot, u64 page, u64 gpa, u64 flags);
 void kdp_trace_wait(u32 slot, u64 page, u32 access);

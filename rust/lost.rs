@@ -205,7 +205,7 @@ impl Mapping for LostMapping {
             return Outcome::Fail;
         }
         if fault.no_wait() {
-            return Outcome::RetryLocked;
+            return Outcome::Retry;
         }
         let Some((slot, spot)) = turn_into(slot, fault, Kind::Memory) else {
             return Outcome::Fail;

@@ -200,11 +200,12 @@ impl<'a> Spare<'a> {
     fn new(spot: Spot<'a>) -> Result<(Self, Pinned)> {
         let order = spot.memfd.order();
         let goes = !spot.memfd.has_block(spot.index, order);
-        let pinned = spot.memfd.pin(spot.index >> order);
+        let pinned = spot.memfd.pin(spot.index);
         // Where that failed it may be there all the same.
         let this = Self { spot, goes };
         match pinned {
-            Ok(pinned) => Ok((this, pinned)),
+            // One with an error is found out by the exchange.
+            Ok((pinned, _)) => Ok((this, pinned)),
             // So says hugetlb if it has no free page.
             Err(e) if e == ENOSPC => Err(ENOMEM),
             Err(e) => Err(e),
@@ -252,8 +253,8 @@ pub(crate) fn replace(
     if !own.has_block(at.index, order) {
         return Err(ENXIO);
     }
-    let bad = own.pin(at.index >> order)?;
-    if !bad.has_error() {
+    let (bad, has_error) = own.pin(at.index)?;
+    if !has_error {
         return Err(ENXIO);
     }
     if memory_error::next(files[1], 0).is_some() {

@@ -94,14 +94,24 @@ impl Memfd {
         unsafe { c::kdp_memfd_can_read(self.file.as_ptr(), index as usize) }
     }
 
-    /// Pins the allocation of number `granule`, allocating it if it is a hole.
-    pub(crate) fn pin(&self, granule: u64) -> Result<Pinned> {
+    /// Pins the allocation whose first page is at `index`, allocating it if it is a hole. Says whether it, or any of
+    /// a huge page, had a memory error before.
+    #[inline]
+    pub(crate) fn pin(&self, index: u64) -> Result<(Pinned, bool)> {
         let mut pfn = 0;
-        let index = (granule << self.order) as usize;
-        // SAFETY: The file is a memfd (type invariant), `pfn` a place for the answer.
-        to_result(unsafe { c::kdp_pin_page(self.file.as_ptr(), index, &mut pfn) as i32 })?;
+        // SAFETY: The file is a memfd (type invariant), of hugetlb if its order is not 0; `pfn` is a place for the answer.
+        let pinned = unsafe {
+            if self.order == 0 {
+                c::kdp_pin_page(self.file.as_ptr(), index as usize, &mut pfn)
+            } else {
+                c::kdp_pin_huge_page(self.file.as_ptr(), index as usize, &mut pfn)
+            }
+        };
+        if pinned < 0 {
+            return Err(Error::from_errno(pinned as i32));
+        }
         // INVARIANT: The page was just pinned.
-        Ok(Pinned { pfn })
+        Ok((Pinned { pfn }, pinned > 0))
     }
 }
 
@@ -169,12 +179,6 @@ impl Pinned {
         to_result(unsafe { c::kdp_pin_again(self.pfn, 1) })?;
         // INVARIANT: Just pinned.
         Ok(Self { pfn: self.pfn })
-    }
-
-    /// Whether the frame had a memory error before it was pinned; of hugetlb, whether any of the huge page had.
-    pub(crate) fn has_error(&self) -> bool {
-        // SAFETY: The frame is pinned (type invariant).
-        unsafe { c::kdp_pfn_has_error(self.pfn) }
     }
 }
 
@@ -298,6 +302,7 @@ impl Pins {
 
     /// Adds a pin, unless there is one already: then `pin` is dropped. Returns the frame that is there, and
     /// whether it was added.
+    #[inline]
     pub(crate) fn insert(&self, at: usize, pin: Pinned) -> (Pfn<'_>, bool) {
         let raw = pin.pfn << 1 | 1;
         let (now, added) = match self.frames[at].cmpxchg(0, raw, Relaxed) {

@@ -36,10 +36,11 @@ impl<const N: usize> PerCpu<N> {
         }
     }
 
-    /// Takes one from what this CPU has in counter `i`, if it has any.
-    pub(crate) fn take(&self, i: usize) -> bool {
+    /// Counts one of those that this CPU has in counter `from`, if it has any, in `to` instead.
+    #[inline]
+    pub(crate) fn transfer(&self, from: usize, to: usize) -> bool {
         // SAFETY: There are `N` counters (type invariant).
-        i < N && unsafe { c::kdp_percpu_take(self.at.get(), i as u32) }
+        from < N && to < N && unsafe { c::kdp_percpu_move(self.at.get(), from as u32, to as u32) }
     }
 
     /// The sum of counter `i` over all CPUs. Exact if nobody adds meanwhile.

@@ -31,41 +31,31 @@ use kernel::{
     sync::ArcBorrow,
 };
 
-/// What a fault comes to.
+/// What a fault comes to, as the kernel is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub(crate) enum Outcome {
     /// A page table entry is there.
-    Mapped,
-    /// Try again; the fault's lock was dropped.
-    Retry,
-    /// Try again; the fault's lock is still held.
-    RetryLocked,
+    Mapped = bindings::vm_fault_reason_VM_FAULT_NOPAGE,
+    /// Try again; the fault's lock was dropped, or the fault must not sleep (FAULT_FLAG_RETRY_NOWAIT).
+    Retry = bindings::vm_fault_reason_VM_FAULT_RETRY,
     /// A page table entry may be there, the caller looks; the fault's lock was dropped.
-    MappedUnlocked,
+    MappedUnlocked =
+        bindings::vm_fault_reason_VM_FAULT_NOPAGE | bindings::vm_fault_reason_VM_FAULT_COMPLETED,
     /// A smaller page, please.
-    Fallback,
+    Fallback = bindings::vm_fault_reason_VM_FAULT_FALLBACK,
     /// SIGBUS, or EFAULT in the kernel.
-    Fail,
+    Fail = bindings::vm_fault_reason_VM_FAULT_SIGBUS,
     /// SIGBUS as for a memory error of the page, or EFAULT in the kernel.
-    Poisoned,
+    Poisoned = bindings::vm_fault_reason_VM_FAULT_HWPOISON,
     /// No memory for page tables.
-    OutOfMemory,
+    OutOfMemory = bindings::vm_fault_reason_VM_FAULT_OOM,
 }
 
 impl Outcome {
+    #[inline(always)]
     fn into_raw(self) -> bindings::vm_fault_t {
-        use bindings::*;
-        match self {
-            Outcome::Mapped => vm_fault_reason_VM_FAULT_NOPAGE,
-            Outcome::Retry | Outcome::RetryLocked => vm_fault_reason_VM_FAULT_RETRY,
-            Outcome::MappedUnlocked => {
-                vm_fault_reason_VM_FAULT_NOPAGE | vm_fault_reason_VM_FAULT_COMPLETED
-            }
-            Outcome::Fallback => vm_fault_reason_VM_FAULT_FALLBACK,
-            Outcome::Fail => vm_fault_reason_VM_FAULT_SIGBUS,
-            Outcome::Poisoned => vm_fault_reason_VM_FAULT_HWPOISON,
-            Outcome::OutOfMemory => vm_fault_reason_VM_FAULT_OOM,
-        }
+        self as bindings::vm_fault_t
     }
 
     fn from_insert(raw: bindings::vm_fault_t) -> Self {
