@@ -20,6 +20,7 @@ use crate::{
         },
         uapi::*,
         wait::{
+            look_out,
             now_ns,
             Gate,
             Sleepers,
@@ -115,6 +116,31 @@ pub(crate) struct Access {
 
 type EventQueue = Queue<Map<Key, Entry<Arc<Waited>>>, Map<u64, Key>>;
 
+/// How long who waits looks out before sleeping, as those before have found it to pay (rules/poll.rs). In
+/// nanoseconds, and a guess: relaxed.
+struct Patience(Atomic<u64>);
+
+impl Patience {
+    /// None.
+    fn new() -> Self {
+        Self(Atomic::new(0))
+    }
+
+    /// Looks out by `look_out`, for so long, then sleeps by `sleep`: each says whether what was waited for came.
+    fn wait(&self, look_out: impl FnOnce(u64) -> bool, sleep: impl FnOnce() -> bool) -> bool {
+        let now = self.0.load(Relaxed);
+        let start = now_ns();
+        if !look_out(now) && !sleep() {
+            return false;
+        }
+        let next = poll::next(now, now_ns().saturating_sub(start), max_poll_ns());
+        if next != now {
+            self.0.store(next, Relaxed);
+        }
+        true
+    }
+}
+
 /// A part of the queue, in cache lines of its own.
 #[pin_data]
 #[repr(align(64))]
@@ -125,8 +151,8 @@ struct Shard {
     /// Relaxed: a reader that is going to sleep has a full barrier before it looks, and who made an event
     /// one after this, before it looks for sleepers ([`Sleepers`]).
     unread: Atomic<u32>,
-    /// How long a waiter looks out for its page before it sleeps, in nanoseconds. A guess: relaxed.
-    poll_ns: Atomic<u64>,
+    /// What waiters have learned.
+    patience: Patience,
 }
 
 impl Shard {
@@ -138,7 +164,7 @@ impl Shard {
                     "kdp_events"
                 ),
                 unread: Atomic::new(0),
-                poll_ns: Atomic::new(0),
+                patience: Patience::new(),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -172,16 +198,12 @@ impl Waiter {
             ticket,
             waited,
         } = self;
-        let poll = shard.poll_ns.load(Relaxed);
-        let start = now_ns();
+        let came = shard
+            .patience
+            .wait(|ns| waited.gate.look_out(ns), || waited.gate.wait(until));
         // Whoever opens the gate has taken the ticket away.
-        if !waited.gate.poll(poll) && !waited.gate.wait(until) {
+        if !came {
             shard.with(|queue| queue.leave(ticket));
-            return;
-        }
-        let next = poll::next(poll, now_ns().saturating_sub(start), max_poll_ns());
-        if next != poll {
-            shard.poll_ns.store(next, Relaxed);
         }
     }
 }
@@ -206,6 +228,8 @@ pub(crate) struct Events {
 struct Readers {
     #[pin]
     asleep: Sleepers,
+    /// What those who wait for an event have learned.
+    patience: Patience,
     /// Where the next one begins to look. Any number will do: relaxed.
     turn: Atomic<u32>,
 }
@@ -226,6 +250,7 @@ impl Events {
             notices <- Notices::new(),
             readers <- pin_init!(Readers {
                 asleep <- Sleepers::new(),
+                patience: Patience::new(),
                 turn: Atomic::new(0),
             }),
         }? Error)
@@ -399,8 +424,17 @@ impl Events {
             if found.is_some() || at_once {
                 return Ok(found);
             }
-            self.readers.asleep.wait(|| self.has_unread())?;
-            told = true;
+            // Who looks out is not among the sleepers: nobody calls it, and nobody pays for that.
+            let mut slept = Ok(());
+            self.readers.patience.wait(
+                |ns| look_out(ns, || self.has_unread()),
+                || {
+                    told = true;
+                    slept = self.readers.asleep.wait(|| self.has_unread());
+                    slept.is_ok()
+                },
+            );
+            slept?;
         }
     }
 

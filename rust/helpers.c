@@ -644,22 +644,21 @@ u64 kdp_now_ns(void)
 	return local_clock();
 }
 
-/*
- * As kvm_vcpu_can_poll() in virt/kvm/kvm_main.c has it: not where somebody else
- * could run.
- */
-bool kdp_poll_completion(struct completion *done, u64 ns)
+bool kdp_completion_done(const struct completion *done)
 {
-	u64 end = local_clock() + ns;
+	/* Pairs with the lock in complete_all(): what came before is seen. */
+	return smp_load_acquire(&done->done);
+}
 
-	do {
-		/* Pairs with the lock in complete_all(): what came before is seen. */
-		if (smp_load_acquire(&done->done))
-			return true;
-		cpu_relax();
-	} while (single_task_running() && !need_resched() &&
-		 !signal_pending(current) && local_clock() < end);
-	return false;
+/*
+ * Whether to go on looking out, until @end at most. As kvm_vcpu_can_poll() in
+ * virt/kvm/kvm_main.c has it: not where somebody else could run.
+ */
+bool kdp_may_look_out(u64 end)
+{
+	cpu_relax();
+	return single_task_running() && !need_resched() &&
+	       !signal_pending(current) && local_clock() < end;
 }
 
 /* Sleeps until @done or a signal; of those who sleep so, one is woken at a time. */

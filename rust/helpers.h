@@ -134,7 +134,8 @@ bool kdp_fatal_signal_pending(void);
 
 /* waiting */
 u64 kdp_now_ns(void);
-bool kdp_poll_completion(struct completion *done, u64 ns);
+bool kdp_completion_done(const struct completion *done);
+bool kdp_may_look_out(u64 end);
 int kdp_wait_exclusive(struct wait_queue_head *queue, bool (*done)(void *data),
 		       void *data);
 bool kdp_has_sleeper(struct wait_queue_head *queue);

@@ -49,7 +49,7 @@ module! {
     params: {
         wait_poll_us: u32 {
             default: 200,
-            description: "Longest time that a thread looks out for its page before it sleeps, in microseconds; 0: sleep at once",
+            description: "Longest time that a thread looks out for its page, or for an event to read, before it sleeps, in microseconds; 0: sleep at once",
         },
         fault_around_pages: u32 {
             default: 16,
@@ -58,7 +58,7 @@ module! {
     },
 }
 
-/// Longest time that a thread looks out for its page before it sleeps.
+/// Longest time that a thread looks out for its page, or for an event, before it sleeps.
 fn max_poll_ns() -> u64 {
     u64::from(module_parameters::wait_poll_us.value()) * 1000
 }

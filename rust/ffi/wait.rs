@@ -29,6 +29,24 @@ pub(crate) fn now_ns() -> u64 {
     unsafe { c::kdp_now_ns() }
 }
 
+/// Looks out for `done` to hold, awake, for at most so many nanoseconds, and less if another thread could use the
+/// CPU or a signal is pending; says whether it came to hold.
+pub(crate) fn look_out(ns: u64, done: impl Fn() -> bool) -> bool {
+    if ns == 0 {
+        return false;
+    }
+    let end = now_ns().saturating_add(ns);
+    loop {
+        if done() {
+            return true;
+        }
+        // SAFETY: Always safe to call.
+        if !unsafe { c::kdp_may_look_out(end) } {
+            return false;
+        }
+    }
+}
+
 /// What may end a wait early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Until {
@@ -65,12 +83,11 @@ impl Gate {
         done.cast_mut().cast()
     }
 
-    /// Looks out for the gate to open, awake, for at most so many nanoseconds, and less if another thread
-    /// could use the CPU or a signal is pending; says whether it opened.
-    pub(crate) fn poll(&self, ns: u64) -> bool {
+    /// Looks out for the gate to open; see [`look_out`].
+    pub(crate) fn look_out(&self, ns: u64) -> bool {
         // SAFETY: The completion is initialised and kept alive by `&self`. Whoever opens the gate holds it,
         // too, so it may be left as soon as it is seen to be open.
-        ns > 0 && unsafe { c::kdp_poll_completion(self.as_ptr(), ns) }
+        look_out(ns, || unsafe { c::kdp_completion_done(self.as_ptr()) })
     }
 
     /// Sleeps until the gate opens, or until a signal; says whether it opened.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How long who waits for a page looks out for it before it sleeps.
+//! How long who waits for a page, or for an event to read, looks out for it before it sleeps.
 //!
-//! To be woken costs more than a page that comes at once. So a waiter looks out as long as the last waits
+//! To be woken, and to wake, costs more than a page that comes at once. So a waiter looks out as long as the last waits
 //! say that it pays, as KVM does for halted vCPUs (`halt_poll_ns` in virt/kvm/kvm_main.c).
 
 /// What it begins with, in nanoseconds.
