@@ -76,6 +76,10 @@ fn fill_group(
     word: &mut u64,
 ) -> bool {
     let page = fault.pgoff();
+    // While the huge page is being moved its pages are in two.
+    if pages.moving(page).is_some() {
+        return false;
+    }
     let limit = fault_around_pages().min(1 << slot.backing.order());
     let group = group(*word, page, limit);
     if group == 0 {

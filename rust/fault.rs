@@ -128,7 +128,8 @@ fn block_frame<'a>(
     order: u32,
     block: PageRange,
 ) -> Option<Pfn<'a>> {
-    if !pages.all_mappable(block) {
+    // A huge page that is being moved is in two.
+    if !pages.all_mappable(block) || pages.moving(page).is_some() {
         return None;
     }
     let frame = slot.backing.frame(pages, page).ok()?;

@@ -82,13 +82,12 @@ void kdp_source_ahead(struct file *file, pgoff_t index, unsigned long count);
 int kdp_source_read(struct file *file, pgoff_t index, struct page *page);
 void kdp_copy_to_pfn(unsigned long pfn, struct page *page);
 
-/* huge pages that change places: hugetlb.c */
-int kdp_exchange(struct file *memfd, pgoff_t index, unsigned long bad,
-		 int bad_pins, struct file *other, pgoff_t at, unsigned long fresh,
-		 int fresh_pins);
-void kdp_unlock_pfn(unsigned long pfn);
+/* huge pages that are replaced: hugetlb.c */
+int kdp_take_out(struct file *memfd, pgoff_t index, unsigned long pfn);
+int kdp_check_bad(struct file *memfd, pgoff_t index, unsigned long pfn, int pins);
+void kdp_put_in_place(struct file *memfd, pgoff_t index, unsigned long bad,
+		      unsigned long fresh);
 bool kdp_copy_mc(unsigned long to, unsigned long from);
-void kdp_punch_huge(struct file *memfd, pgoff_t index);
 
 /* bits that are locks */
 void kdp_bit_lock(unsigned long *word, int bit);

@@ -8,89 +8,100 @@
 
 #include "helpers.h"
 
-/* As migrate_huge_page_move_mapping() in mm/migrate.c. The folio is locked. */
-static void kdp_put_in_place(struct address_space *mapping, pgoff_t index,
-			     struct folio *folio)
-{
-	XA_STATE(xas, &mapping->i_pages, index);
-
-	xas_lock_irq(&xas);
-	folio->mapping = mapping;
-	folio->index = index;
-	xas_store(&xas, folio);
-	xas_unlock_irq(&xas);
-}
-
-static bool kdp_is_at(const struct folio *folio, struct address_space *mapping,
+static bool kdp_is_at(const struct folio *folio, struct file *memfd,
 		      pgoff_t index)
 {
-	return folio->mapping == mapping && folio->index == index;
+	return folio->mapping == memfd->f_mapping && folio->index == index;
+}
+
+static bool kdp_is_ours(const struct folio *folio, int pins)
+{
+	return !folio_mapped(folio) && atomic_read(&folio->_pincount) == pins;
 }
 
 /*
- * Exchanges the huge page of frame @bad, at @index of @memfd, for that of frame
- * @fresh, at @at of @other. The former is pinned @bad_pins times by who calls, the
- * latter @fresh_pins times. 0, and then @fresh is locked: who wants it as a page of its file
- * waits. -ENXIO if @bad has no memory error; -EBUSY if it is used, or pinned, by
- * somebody else, or if either is no longer where it is said to be.
- *
- * Each file has a huge page there before and after, so that what is counted and
- * reserved for it stays right. What keeps it sound:
- * - The inode locks keep away who takes pages out of the files: he has looked
- *   them up before, and would take out what is elsewhere by then.
- * - The folio locks keep away all others who use a page as one of a file: they
- *   look again once they have the lock (__filemap_get_folio_mpol()).
- * - No page table has either of them (and none comes to while they are locked),
- *   and memory_failure() has made sure that none gets @bad again.
+ * Takes the huge page of frame @pfn, which is pinned once, out of @memfd, where
+ * it is at @index: nobody else can come to it any more. -EBUSY if somebody uses
+ * it, or it has a memory error.
  */
-int kdp_exchange(struct file *memfd, pgoff_t index, unsigned long bad,
-		 int bad_pins, struct file *other, pgoff_t at, unsigned long fresh,
-		 int fresh_pins)
+int kdp_take_out(struct file *memfd, pgoff_t index, unsigned long pfn)
 {
-	struct address_space *here = memfd->f_mapping, *there = other->f_mapping;
-	struct folio *from = pfn_folio(bad), *to = pfn_folio(fresh);
-	int err = -EBUSY;
+	struct folio *folio = pfn_folio(pfn);
+	long err;
 
-	lock_two_nondirectories(here->host, there->host);
-	folio_lock(from);
-	if (!folio_test_hwpoison(from)) {
-		err = -ENXIO;
-		goto out;
-	}
-	if (!folio_trylock(to))
-		goto out;
-	if (kdp_is_at(from, here, index) && !folio_mapped(from) &&
-	    atomic_read(&from->_pincount) == bad_pins &&
-	    kdp_is_at(to, there, at) && !folio_mapped(to) &&
-	    atomic_read(&to->_pincount) == fresh_pins && !folio_test_hwpoison(to)) {
-		kdp_put_in_place(here, index, to);
-		kdp_put_in_place(there, at, from);
-		err = 0;
-	} else {
-		folio_unlock(to);
-	}
-out:
-	folio_unlock(from);
-	unlock_two_nondirectories(here->host, there->host);
-	return err;
+	if (!kdp_is_at(folio, memfd, index) || !kdp_is_ours(folio, 1) ||
+	    folio_test_hwpoison(folio))
+		return -EBUSY;
+	err = memfd->f_op->fallocate(memfd,
+				     FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				     (loff_t)index << PAGE_SHIFT,
+				     folio_size(folio));
+	if (err)
+		return err;
+	/* Somebody may have been faster; to what was his he can come no more. */
+	return folio->mapping || !kdp_is_ours(folio, 1) ? -EBUSY : 0;
 }
 
-void kdp_unlock_pfn(unsigned long pfn)
+/*
+ * Whether the huge page of frame @pfn, at @index of @memfd, is one to replace: -ENXIO
+ * if it has no memory error, -EBUSY if it is used by others than those who pin it
+ * @pins times.
+ */
+int kdp_check_bad(struct file *memfd, pgoff_t index, unsigned long pfn, int pins)
 {
-	folio_unlock(pfn_folio(pfn));
+	struct folio *folio = pfn_folio(pfn);
+
+	if (!folio_test_hwpoison(folio))
+		return -ENXIO;
+	return kdp_is_at(folio, memfd, index) && kdp_is_ours(folio, pins) ? 0 : -EBUSY;
+}
+
+/*
+ * Puts the huge page of frame @fresh, which is in no file, where that of frame
+ * @bad is in @memfd, at @index, unless that has been taken out meanwhile. Both are
+ * pinned. As migrate_huge_page_move_mapping() in mm/migrate.c; the file has a
+ * huge page there before and after, so that what is counted and reserved for it
+ * stays right. What keeps it sound:
+ * - The inode lock keeps away who takes pages out of the file: he looks them up
+ *   first, and would take out what is no longer there.
+ * - The folio lock keeps away all others who use the page as one of the file:
+ *   they look again once they have it (__filemap_get_folio_mpol()).
+ * - No page table has @bad since memory_failure(), nor gets it.
+ */
+void kdp_put_in_place(struct file *memfd, pgoff_t index, unsigned long bad,
+		      unsigned long fresh)
+{
+	struct address_space *mapping = memfd->f_mapping;
+	struct folio *from = pfn_folio(bad), *to = pfn_folio(fresh);
+	long pages = folio_nr_pages(to);
+	XA_STATE(xas, &mapping->i_pages, index);
+	bool is_there;
+
+	inode_lock(mapping->host);
+	folio_lock(from);
+	folio_lock(to);
+	is_there = kdp_is_at(from, memfd, index);
+	if (is_there) {
+		/* As hugetlb_add_to_page_cache(); taking it out has cleared both. */
+		folio_mark_uptodate(to);
+		folio_set_dirty(to);
+		xas_lock_irq(&xas);
+		to->mapping = mapping;
+		to->index = index;
+		folio_ref_add(to, pages);
+		xas_store(&xas, to);
+		from->mapping = NULL;
+		xas_unlock_irq(&xas);
+	}
+	folio_unlock(to);
+	folio_unlock(from);
+	inode_unlock(mapping->host);
+	if (is_there)
+		folio_put_refs(from, pages);
 }
 
 /* Copies a page whose frame may be bad; whether that could be read. */
 bool kdp_copy_mc(unsigned long to, unsigned long from)
 {
 	return copy_mc_highpage(pfn_to_page(to), pfn_to_page(from)) == 0;
-}
-
-/* Takes the huge page at @index out of the memfd. */
-void kdp_punch_huge(struct file *memfd, pgoff_t index)
-{
-	/* It cannot fail but for seals that the caller has kept away. */
-	memfd->f_op->fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			       (loff_t)index << PAGE_SHIFT,
-			       huge_page_size(hstate_file(memfd)));
 }

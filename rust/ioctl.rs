@@ -423,6 +423,7 @@ fn poison_list(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_poison_list) -> Result {
 }
 
 fn replace_huge(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_replace) -> Result {
+    (arg.copied, arg.lost, arg.healed, arg.errors) = (0, 0, 0, 0);
     check_unknown(arg.flags, 0, 0)?;
     let memslot = vm.slot(arg.slot_id)?;
     let memfd = Memfd::from_fd(arg.memfd)?;

@@ -62,15 +62,14 @@ impl Index {
     }
 }
 
-/// A huge page that is being moved. There is one at a time. Meanwhile neither its file nor that of the fresh one gets more
-/// memslots, and an error in its frames is an error in its pages.
+/// A huge page that is being moved. There is one at a time. Meanwhile its file gets no more memslots, and an error in its
+/// frames is an error in its pages.
 pub(crate) struct Registered(());
 
 impl Registered {
-    /// EBUSY if the file of the fresh one has memslots.
     pub(crate) fn new(between: &Arc<Move>) -> Result<Self> {
         let mut index = INDEX.lock();
-        if index.moving.is_some() || index.next(between.files[1], 0).is_some() {
+        if index.moving.is_some() {
             return Err(EBUSY);
         }
         index.moving = Some(between.clone());
@@ -101,7 +100,7 @@ impl Listed {
         };
         let mut index = INDEX.lock();
         let moving = index.moving.as_ref();
-        if moving.is_some_and(|moving| moving.files.contains(&key.file)) {
+        if moving.is_some_and(|moving| moving.file == key.file) {
             return Err(EBUSY);
         }
         index

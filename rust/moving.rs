@@ -22,10 +22,12 @@ use crate::{
     }, //
 };
 use kernel::{
+    new_condvar,
     new_mutex,
     prelude::*,
     sync::{
         Arc,
+        CondVar,
         Mutex, //
     }, //
 };
@@ -36,21 +38,23 @@ pub(crate) const ON_ITS_WAY: Error = ESTALE;
 /// A huge page that is being moved, for all memslots that have it.
 #[pin_data]
 pub(crate) struct Move {
-    /// The file that it is of, by its identity, and that of the fresh one.
-    pub(crate) files: [usize; 2],
+    /// The file that it is of, by its identity.
+    pub(crate) file: usize,
     /// Its first page in the file.
     pub(crate) index: u64,
     pub(crate) pages: u64,
     pub(crate) bad: Pinned,
     pub(crate) fresh: Pinned,
-    /// Held while pages are on their way. Who needs one waits for it, with no other lock.
+    /// How many of its pages have arrived, in all memslots. Innermost: nothing else is taken under it.
     #[pin]
-    pub(crate) turn: Mutex<()>,
+    arrived: Mutex<u64>,
+    #[pin]
+    part_arrived: CondVar,
 }
 
 impl Move {
     pub(crate) fn new(
-        files: [usize; 2],
+        file: usize,
         index: u64,
         pages: u64,
         bad: Pinned,
@@ -58,26 +62,39 @@ impl Move {
     ) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                files,
+                file,
                 index,
                 pages,
                 bad,
                 fresh,
-                turn <- new_mutex!((), "kdp_move"),
+                arrived <- new_mutex!(0, "kdp_arrived"),
+                part_arrived <- new_condvar!("kdp_part_arrived"),
             }),
             GFP_KERNEL_ACCOUNT,
         )
     }
 
-    /// Which page of the file a frame was before the move.
+    /// Which page of the file a frame is, or is going to be.
     pub(crate) fn place(&self, frame: &BadFrame) -> Option<(usize, u64)> {
-        let into = frame.since(self.bad.frame())?;
-        (into < self.pages).then_some((self.files[0], self.index + into))
+        let mut into = [&self.bad, &self.fresh]
+            .into_iter()
+            .filter_map(|pinned| frame.since(pinned.frame()));
+        let into = into.find(|&into| into < self.pages)?;
+        Some((self.file, self.index + into))
     }
 
-    /// Waits until the pages have arrived that are on their way now.
-    pub(crate) fn wait(&self) {
-        drop(self.turn.lock());
+    /// So many pages have arrived.
+    pub(crate) fn arrived(&self, count: u64) {
+        *self.arrived.lock() = count;
+        self.part_arrived.notify_all();
+    }
+
+    /// Waits until so many have.
+    pub(crate) fn wait(&self, count: u64) {
+        let mut arrived = self.arrived.lock();
+        while *arrived < count {
+            self.part_arrived.wait(&mut arrived);
+        }
     }
 }
 

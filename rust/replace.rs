@@ -2,36 +2,28 @@
 
 //! Replacing a huge page that has memory errors by a fresh one, with the guest running.
 //!
-//! The fresh huge page comes from a memfd that the caller names. The two change places in their files, at once: the fresh
-//! one is a page of the memslots' own memfd then, at the same index, so that every memslot, every mapping of the memfd
-//! and whoever is handed it later finds it there; and the bad one is a page of the caller's, from where it is given back.
-//! Punching it out and allocating anew would do the same, but for a moment in which the memfd holds zeros, and for the
-//! huge page that might not be had then. Letting memslots have pages of another memfd would leave all others on the bad
-//! one.
+//! The fresh huge page comes from a memfd that the caller names, and is taken out of it: nobody else has it then. The bytes
+//! follow part by part. While a part is on its way nobody has its pages, in any memslot; before, all have them in the bad
+//! huge page, after that in the fresh one. So all see the same bytes at any time, no write is lost, and who needs a page
+//! waits for one part. In the end the fresh huge page is put where the bad one is in the memslots' memfd: every mapping
+//! of the memfd that is made from then on, and whoever is handed it, has it. Until then the memfd has the bad one, which
+//! the kernel lets nobody map since the error; pread(2) sees there what was before.
 //!
-//! The bytes follow part by part. While a part is on its way nobody has its pages, in any memslot; before, all have them
-//! in the bad huge page, after that in the fresh one. So all see the same bytes at any time, no write is lost, and who
-//! needs a page waits for one part. To the memfd itself the fresh page is locked until it is complete; the kernel lets
-//! nobody map the bad one there since the error.
+//! Punching the bad one out of the memfd and allocating anew would show zeros there for a moment, and leave a hole if no
+//! huge page is to be had then. Letting memslots have pages of another memfd would leave all others on the bad one.
 //!
 //! A page whose bytes cannot be copied stays poisoned, in a good frame now; one whose content was still to come is not
 //! lost.
 //!
 //! # Locks
 //!
-//! `TURN` first: one huge page is moved at a time. Then, for each part, the move's `turn`, under which those of each
-//! memslot are taken, one memslot at a time (memslot.rs). A fault waits for the move's `turn` with no lock at all.
-//!
-//! `pages` is never taken for writing by somebody who has the bad page's folio lock, nor the other way round: looking a
-//! frame's place up takes it, under `pages` (`Backing::has_frame()`), but not of a huge page that is being moved.
+//! `TURN` first: one huge page is moved at a time. Under it those of each memslot are taken, one memslot at a time
+//! (memslot.rs). A fault waits for a part with no lock at all.
+//! Inode and folio locks are taken in hugetlb.c, where nothing else of ours is held but `TURN`: who allocates a huge page
+//! waits for them under `pages`.
 
 use crate::{
     ffi::{
-        exchange::{
-            Exchanged,
-            Huge,
-            Spot, //
-        },
         memfd::{
             Memfd,
             Pinned, //
@@ -95,7 +87,7 @@ impl Members {
             joined: KVec::new(),
         };
         let mut from = 0;
-        while let Some((number, memslot)) = memory_error::next(between.files[0], from) {
+        while let Some((number, memslot)) = memory_error::next(between.file, from) {
             from = number + 1;
             let nr_pages = memslot.place.nr_pages;
             let range = memslot
@@ -113,26 +105,14 @@ impl Members {
         Ok(this)
     }
 
-    /// The bad huge page, which the move pins, and who had it mapped.
-    fn bad(&self) -> Huge<'_> {
+    /// How often they, and the move, pin the bad huge page.
+    fn pins(&self) -> usize {
         let had_pin = |member: &&Member| member.memslot.had_pin();
-        Huge {
-            pinned: &self.between.bad,
-            pins: 1 + self.joined.iter().filter(had_pin).count(),
-        }
-    }
-
-    /// The fresh one, which the move pins, and every member.
-    fn fresh(&self) -> Huge<'_> {
-        Huge {
-            pinned: &self.between.fresh,
-            pins: 1 + self.joined.len(),
-        }
+        1 + self.joined.iter().filter(had_pin).count()
     }
 
     /// Moves the next part; says whether there was one. `named` is the memslot that the caller named.
     fn move_part(&self, named: &Arc<Memslot>, total: &mut Replaced) -> bool {
-        let _turn = self.between.turn.lock();
         let (mut part, mut bad) = (None, 0);
         for member in &self.joined {
             // All of them are equally far.
@@ -151,6 +131,8 @@ impl Members {
                 continue;
             }
             total.errors += u64::from(!is_bad);
+            // Nobody is to find there what the caller's huge page held before.
+            self.between.fresh.frame().add(into).zero();
             self.lose(into);
         }
         for member in &self.joined {
@@ -160,6 +142,7 @@ impl Members {
                 total.healed += healed;
             }
         }
+        self.between.arrived(first + count);
         true
     }
 
@@ -188,37 +171,18 @@ impl Drop for Members {
     }
 }
 
-/// What is in the caller's memfd: the fresh huge page, and after the exchange the bad one.
-struct Spare<'a> {
-    spot: Spot<'a>,
-    /// It is to be taken out in the end: it was allocated for this, or it is the bad one.
-    goes: bool,
-}
-
-impl<'a> Spare<'a> {
-    /// Pins it, allocating it if it is a hole.
-    fn new(spot: Spot<'a>) -> Result<(Self, Pinned)> {
-        let order = spot.memfd.order();
-        let goes = !spot.memfd.has_block(spot.index, order);
-        let pinned = spot.memfd.pin(spot.index);
-        // Where that failed it may be there all the same.
-        let this = Self { spot, goes };
-        match pinned {
-            // One with an error is found out by the exchange.
-            Ok((pinned, _)) => Ok((this, pinned)),
-            // So says hugetlb if it has no free page.
-            Err(e) if e == ENOSPC => Err(ENOMEM),
-            Err(e) => Err(e),
+/// Allocates a huge page in a memfd, unless it is there, and takes it out.
+fn take_fresh(memfd: &Memfd, index: u64) -> Result<Pinned> {
+    let (fresh, _) = memfd.pin(index).map_err(|e| {
+        // So says hugetlb if it has no free page.
+        if e == ENOSPC {
+            ENOMEM
+        } else {
+            e
         }
-    }
-}
-
-impl Drop for Spare<'_> {
-    fn drop(&mut self) {
-        if self.goes {
-            self.spot.memfd.punch_huge(self.spot.index);
-        }
-    }
+    })?;
+    memfd.take_out(index, &fresh)?;
+    Ok(fresh)
 }
 
 /// Replaces the huge page of a memslot that begins with page `first` by the one at `offset` bytes of `memfd`.
@@ -245,37 +209,28 @@ pub(crate) fn replace(
         return Err(EINVAL);
     }
     let _turn = TURN.lock();
-    let at = Spot {
-        memfd: own,
-        index: backing.offset() + first,
-    };
+    let index = backing.offset() + first;
     // A hole has no error.
-    if !own.has_block(at.index, order) {
+    if !own.has_block(index, order) {
         return Err(ENXIO);
     }
-    let (bad, has_error) = own.pin(at.index)?;
+    let (bad, has_error) = own.pin(index)?;
     if !has_error {
         return Err(ENXIO);
     }
     if memory_error::next(files[1], 0).is_some() {
         return Err(EBUSY);
     }
-    let (mut spare, fresh) = Spare::new(Spot {
-        memfd,
-        index: offset >> PAGE_SHIFT,
-    })?;
-    let between = Move::new(files, at.index, 1 << order, bad, fresh)?;
+    let fresh = take_fresh(memfd, offset >> PAGE_SHIFT)?;
+    let between = Move::new(files[0], index, 1 << order, bad, fresh)?;
     let _registered = Registered::new(&between)?;
     let members = Members::join(&between)?;
-    let exchanged = Exchanged::new(members.bad(), at, members.fresh(), spare.spot)?;
-    spare.goes = true;
+    own.check_bad(index, &between.bad, members.pins())?;
     let mut total = Replaced::default();
     while members.move_part(memslot, &mut total) {
         work::yield_now();
     }
-    // From here on others may use the fresh one. It must not be locked when a pin of it is dropped.
-    drop(exchanged);
-    drop(members);
+    own.put_in_place(index, &between.bad, &between.fresh);
     memslot.stats.replaced().add(1);
     Ok(total)
 }

@@ -7,8 +7,8 @@
 
 pub(crate) mod bit_lock;
 pub(crate) mod bounce;
-pub(crate) mod exchange;
 pub(crate) mod file;
+pub(crate) mod hugetlb;
 pub(crate) mod kvm;
 pub(crate) mod memfd;
 pub(crate) mod memory_failure;

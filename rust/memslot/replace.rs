@@ -131,39 +131,45 @@ impl Memslot {
             pin,
             before,
         } = KBox::into_inner(moving);
-        let is_counted = before.is_some();
-        // Dropped without the lock.
-        let mut rest = (between, None, None);
-        match (is_removed, cursor.is_done()) {
-            (true, _) => {
-                if is_counted {
-                    self.backing.dropped_pin();
-                }
-                rest.1 = Some(pin);
-                rest.2 = before;
+        let had_pin = before.is_some();
+        // What is put back; the rest is dropped without the lock.
+        let (back, rest) = if cursor.is_done() {
+            (Some(pin), before)
+        } else {
+            (before, Some(pin))
+        };
+        // As after KDP_MARK, huge pages with nothing but absent pages are not pinned.
+        let is_needed = !is_removed && !pages.all_present(range, false);
+        let back = if is_needed {
+            if let Some(back) = back {
+                self.backing.put_pin(&pages, range.first(), back, had_pin);
             }
-            (false, true) => {
-                self.backing.put_pin(&pages, range.first(), pin, is_counted);
-                rest.2 = before;
+            None
+        } else {
+            self.inode.unmap(range.first(), range.count());
+            if had_pin {
+                self.backing.dropped_pin();
             }
-            (false, false) => {
-                if let Some(before) = before {
-                    self.backing.put_pin(&pages, range.first(), before, true);
-                }
-                rest.1 = Some(pin);
-            }
-        }
+            back
+        };
         drop(pages);
-        drop(rest);
+        drop((between, back, rest));
+        // Blocks that have become whole meanwhile may be huge now.
+        if is_needed {
+            self.collapse_read(range);
+        }
     }
 
     /// Waits until the pages have arrived that are on their way, if any are.
     pub(crate) fn wait_for_move(&self) {
         let pages = self.pages.read();
-        let between = pages.any_moving().map(|moving| moving.between.clone());
+        let awaited = pages.any_moving().and_then(|moving| {
+            let count = moving.cursor.awaited()?;
+            Some((moving.between.clone(), count))
+        });
         drop(pages);
-        if let Some(between) = between {
-            between.wait();
+        if let Some((between, count)) = awaited {
+            between.wait(count);
         }
     }
 }

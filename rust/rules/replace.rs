@@ -57,6 +57,11 @@ impl Cursor {
         first..self.moved
     }
 
+    /// If some are on the way: how many will have arrived once these have.
+    pub fn awaited(&self) -> Option<u64> {
+        (self.held > 0).then_some(self.moved + self.held)
+    }
+
     /// Whether all have arrived.
     pub fn is_done(&self) -> bool {
         self.moved == self.count

@@ -633,12 +633,12 @@ struct kdp_poison_list {
  * @errors: out: pages that turned out to be bad when they were copied
  *
  * Replace a huge page of hugetlb that has memory errors by a fresh one, with the
- * guest running. The fresh huge page is allocated in @memfd, unless it is there,
- * and becomes a page of the memslot's own memfd, at the same offset as the old one;
- * what it held is lost. Every memslot that has the huge page, of whatever VM, has the
- * fresh one from then on, and so has who maps the memslot's memfd anew or reads it.
- * The old one is taken out of @memfd before the call returns, and nothing of the
- * module pins it any more; @memfd has a hole there. (The kernel keeps a huge page with
+ * guest running. The fresh huge page is allocated in @memfd, unless it is there, and
+ * taken out of it; what it held is lost. It becomes a page of the memslot's own memfd,
+ * in the place of the old one. Every memslot that has the huge page, of whatever VM, has
+ * the fresh one from then on, and so has who maps the memslot's memfd anew or reads it.
+ * (Who reads it while the call is under way sees there what was before.) The old one is
+ * in no file any more, and the module does not keep it. (The kernel keeps a huge page with
  * a memory error from being used again.)
  *
  * Pages are copied in their order, 64 at a time, and nobody can access those
@@ -648,7 +648,8 @@ struct kdp_poison_list {
  *
  * Once copying has begun the call goes on to the end, whatever signal comes.
  *
- * Errors beside the common ones, after which nothing is changed:
+ * Errors beside the common ones, after which the memslot is as it was. (EFAULT, if
+ * the answer cannot be written, comes after all is done.)
  *
  *  - EACCES, EBADF, EPERM: @memfd, as of KDP_MEMSLOT_CREATE.
  *  - EINVAL: the memslot is not on hugetlb; @first is not the first page of a huge
@@ -659,7 +660,7 @@ struct kdp_poison_list {
  *  - ENOMEM: there is no free huge page.
  *  - EBUSY: somebody else has pinned the huge page (a device that may write to it),
  *    or maps or has pinned the fresh one; @memfd has memslots.
- *  - EINTR: a signal came while a huge page was waited for.
+ *  - EINTR: a fatal signal came before copying has begun.
  *
  * KDP_MEMSLOT_CREATE fails with EBUSY for a memfd of which a huge page is just being
  * replaced.

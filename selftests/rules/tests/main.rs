@@ -22,6 +22,7 @@ mod poison;
 mod poll;
 mod queue;
 mod range;
+mod replace;
 mod source;
 mod stage2;
 mod stream;

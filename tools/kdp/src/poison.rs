@@ -76,6 +76,7 @@ pub fn replace(args: &ReplaceArgs) -> Result<(), Failure> {
     } else {
         args.pages.iter().map(|page| page / huge * huge).collect()
     };
+    firsts.sort_unstable();
     firsts.dedup();
     let mut done = Vec::new();
     let mut failed = None;

@@ -6,12 +6,14 @@
 use std::cell::RefCell;
 use std::fs;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
 use kdp_vmm::Machine;
+use kvm_demand_paging::handler::{Config, Handler};
+use kvm_demand_paging::source::{FileSource, PageFile};
 use kvm_demand_paging::{
     AliasMap, Backing, Cause, Event, EventKind, Memfd, PageRange, Paging, Poisoned, State, Vm,
 };
@@ -38,6 +40,7 @@ tests! {
     "poison-error-more-than-once" => more_than_once,
     "poison-error-for-guests" => for_guests,
     "poison-error-in-a-frame-that-is-not-ours" => in_a_frame_that_is_not_ours,
+    "poison-error-under-a-handler" => under_a_handler,
     "poison-error-while-blocks-come-and-go" => while_blocks_come_and_go,
     // The kernel makes no frame good any more after it.
     "poison-error-by-a-machine-check" => by_a_machine_check,
@@ -510,6 +513,49 @@ fn while_blocks_come_and_go() -> Result {
         ensure_eq!(slot.vm.poisoned(ID)?.len(), victims.len(), "pages lost");
     }
     Ok(())
+}
+
+/// An error in a huge page that a handler is still filling: no mapping of it is left, and the handler goes on.
+fn under_a_handler() -> Result {
+    let errors = Errors::new()?;
+    let pages = 2 * BLOCK;
+    let slot = Slot::new(Backing::Huge2M, pages)?;
+    let file = super::source::file(super::source::tmp(), 0, pages, 1)?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let layout = [(ID, 0)].into();
+    let source = Box::new(FileSource::new(PageFile::open(path.as_ref(), 0)?));
+    let config = Config {
+        layout,
+        ..Config::default()
+    };
+    let handler = Arc::new(Handler::new(slot.vm.try_clone()?, source, None, config)?);
+    let serving = handler.clone();
+    let serve = Task::work(move || -> Result { Ok(serving.run()?) })?;
+    let page = 40;
+    // Its frame is asked for by this process's mapping.
+    slot.fill(page, 9)?;
+    for page in (0..BLOCK).step_by(3) {
+        slot.check(page, 1)?;
+    }
+    errors.inject_into(Backing::Huge2M, &slot, page)?;
+    let known = || Ok(slot.vm.poisoned(ID)? == [bad(page)]);
+    until("the page is known to be lost", known)?;
+    // Those that were absent are filled still, but for the one without a frame.
+    for page in (0..pages).filter(|&other| other != page) {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(
+        sys::load(slot.address(page)),
+        lost(slot.address(page)),
+        "a read"
+    );
+    // It was absent, too: in a good frame it can be had.
+    ensure_eq!(slot.vm.replace(ID, 0)?.healed, 1, "pages healed");
+    for page in 0..pages {
+        slot.check(page, 1)?;
+    }
+    handler.stop();
+    serve.join("the handler")
 }
 
 /// The way that an error really comes: a bank of the CPU has it, the kernel's machine check code finds it there, and
