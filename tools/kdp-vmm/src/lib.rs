@@ -55,6 +55,7 @@ mod guest;
 mod machine;
 mod machine_check;
 mod memory;
+mod memory_error;
 mod paging;
 pub mod session;
 mod source;
@@ -63,13 +64,14 @@ mod verify;
 
 pub use error::{Error, Result};
 pub use guest::{
-    page_hash, Clock, ClockReport, GuestProgram, Order, Touch, HASH_FACTOR, PORT_ECHO, PORT_REPORT,
-    PORT_START, PORT_TICK,
+    page_hash, Clock, ClockReport, GuestProgram, Order, Revisit, Touch, HASH_FACTOR, PORT_ECHO,
+    PORT_REPORT, PORT_START, PORT_TICK,
 };
 pub use kvm_demand_paging::Backing;
 pub use machine::{Machine, MAX_GPA, MAX_VCPUS, MIN_GPA, SCRATCH_GPA};
 pub use machine_check::{MSR_ADDR, MSR_MCG_STATUS};
 pub use memory::{backing_name, buffer, populate, BackingArg, GuestMemory, PAGE_SIZE};
+pub use memory_error::{frame_of, MemoryErrors};
 pub use paging::{pager, Counters, Handler, Memory, Mode, Pager, Stopper};
 pub use source::{fill_page, Image, Remote, Source};
 pub use vcpu::{MemoryFault, Stop, Vcpu};

@@ -9,12 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use kdp_vmm::{guest_code, GuestProgram, Machine, Stop, Vcpu, PORT_REPORT};
+use kdp_vmm::{frame_of, guest_code, GuestProgram, Machine, Stop, Vcpu, PORT_REPORT};
 use kvm_demand_paging::{Backing, FaultExit, PageRange, Paging, Reason, Replaced, Vm};
 
 use super::memory_error::{alias_of, Errors};
 use super::poison::lost;
-use super::source::frame;
 use crate::check::Result;
 use crate::harness::rounds;
 use crate::shared::Shared;
@@ -391,7 +390,7 @@ fn one_error(slot: &Slot, books: &Books, errors: &Errors, random: &mut Random) -
     let page = random.below(BLOCK);
     let mut bytes = [0; PAGE as usize];
     slot.alias.read(page, &mut bytes)?;
-    let bad = frame(alias_of(&slot.alias, page))?;
+    let bad = frame_of(alias_of(&slot.alias, page))?;
     let seen: Vec<u64> = (0..COUNTERS)
         .map(|counter| get(books.losses(counter)))
         .collect();

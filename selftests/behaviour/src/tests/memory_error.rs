@@ -3,7 +3,6 @@
 //! Memory errors that the kernel finds: 4 KiB are lost, in every memslot that has them, and nothing else. They are injected
 //! (`hwpoison-inject`) into the very frames; what follows is the kernel's own handling.
 
-use std::cell::RefCell;
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
-use kdp_vmm::Machine;
+use kdp_vmm::{frame_of, Machine, MemoryErrors};
 use kvm_demand_paging::handler::{Config, Handler};
 use kvm_demand_paging::source::{FileSource, PageFile};
 use kvm_demand_paging::{
@@ -19,7 +18,6 @@ use kvm_demand_paging::{
 };
 
 use super::poison::{lost, run_into_loss};
-use super::source::frame;
 use crate::check::{skip, Result};
 use crate::content;
 use crate::guest;
@@ -46,58 +44,30 @@ tests! {
     "poison-error-by-a-machine-check" => by_a_machine_check,
 }
 
-const INJECT: &str = "/sys/kernel/debug/hwpoison";
-
-/// The errors of a test. To be made before the memory: when this is dropped the frames are free again, and are made good,
-/// or the huge pages would be lacking in the tests that follow.
-pub(super) struct Errors(RefCell<Vec<u64>>);
+/// The errors of a test. To be made before the memory.
+pub(super) struct Errors(MemoryErrors);
 
 impl Errors {
     pub(super) fn new() -> Result<Self> {
-        if !fs::exists(INJECT)? {
+        if !MemoryErrors::are_possible() {
             return skip("this kernel cannot inject memory errors");
         }
-        Ok(Self(RefCell::default()))
+        Ok(Self(MemoryErrors::new()))
     }
 
     /// An error in this frame of memory of this kind.
     pub(super) fn inject(&self, backing: Backing, frame: u64) -> Result {
-        // The kernel knows of an error in a huge page by the first frame of that.
-        self.0
-            .borrow_mut()
-            .push(frame & !(backing.page_size() / PAGE - 1));
-        match fs::write(format!("{INJECT}/corrupt-pfn"), frame.to_string()) {
-            // So says the kernel of a page that stays in use, or has had an error before.
-            Err(e) if ![libc::EBUSY, libc::EHWPOISON].contains(&e.raw_os_error().unwrap_or(0)) => {
-                fail!("no error could be injected: {e}")
-            }
-            _ => Ok(()),
-        }
+        Ok(self.0.inject(backing, frame)?)
     }
 
     /// An error in a page that is mapped here.
     fn inject_at(&self, backing: Backing, at: *const u8) -> Result {
-        self.inject(backing, frame(at)?)
+        self.inject(backing, frame_of(at)?)
     }
 
     /// An error in a page of a memslot.
     pub(super) fn inject_into(&self, backing: Backing, slot: &Slot, page: u64) -> Result {
         self.inject_at(backing, alias_of(&slot.alias, page))
-    }
-}
-
-impl Drop for Errors {
-    fn drop(&mut self) {
-        let mut frames = self.0.take();
-        frames.sort_unstable();
-        frames.dedup();
-        for frame in frames {
-            let good =
-                || Ok(fs::write(format!("{INJECT}/unpoison-pfn"), frame.to_string()).is_ok());
-            if let Err(e) = until("the frame can be made good", good) {
-                println!("frame {frame:#x} stays bad: {e}");
-            }
-        }
     }
 }
 
@@ -340,7 +310,7 @@ fn before_the_memslot() -> Result {
         for page in 0..pages {
             alias.write(page, &content::bytes(page, 1))?;
         }
-        let frames = bad_pages.map(|page| frame(alias_of(&alias, page)));
+        let frames = bad_pages.map(|page| frame_of(alias_of(&alias, page)));
         drop(alias);
         for frame in frames {
             errors.inject(backing, frame?)?;
@@ -388,7 +358,7 @@ fn more_than_once() -> Result {
         slot.check(page, 1)?;
     }
     // The alias of the huge page is gone with the first error: its frames are looked up before.
-    let frames = [5, 300].map(|page| frame(alias_of(&slot.alias, page)));
+    let frames = [5, 300].map(|page| frame_of(alias_of(&slot.alias, page)));
     for (frame, page) in frames.into_iter().zip([5, 300]) {
         errors.inject(Backing::Huge2M, frame?)?;
         check_event(&slot.event()?, page)?;
@@ -468,8 +438,8 @@ fn while_blocks_come_and_go() -> Result {
             .collect();
         let frames = victims
             .iter()
-            .map(|&page| frame(alias_of(&slot.alias, page)));
-        let frames = frames.collect::<Result<Vec<u64>>>()?;
+            .map(|&page| frame_of(alias_of(&slot.alias, page)));
+        let frames = frames.collect::<kdp_vmm::Result<Vec<u64>>>()?;
         let mut tasks = Vec::new();
         for number in 0..3_u64 {
             let (slot, stop, victims) = (slot.clone(), stop.clone(), victims.clone());
@@ -580,7 +550,7 @@ fn by_a_machine_check() -> Result {
         for page in 0..BLOCK {
             slot.check(page, 1)?;
         }
-        let address = frame(alias_of(&slot.alias, page))? * PAGE;
+        let address = frame_of(alias_of(&slot.alias, page))? * PAGE;
         let usual = fs::read_to_string(INTERVAL)?;
         fs::write(INTERVAL, "1")?;
         let start = Instant::now();

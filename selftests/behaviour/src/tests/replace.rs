@@ -6,13 +6,13 @@
 use std::fs;
 use std::time::Instant;
 
+use kdp_vmm::frame_of;
 use kvm_demand_paging::{
     Backing, Cause, GuestMap, Memfd, PageRange, Paging, Poisoned, Replaced, Vm,
 };
 
 use super::memory_error::{alias_of, Errors};
 use super::poison::{lost, present};
-use super::source::frame;
 use crate::check::Result;
 use crate::content;
 use crate::slot::{Slot, BLOCK, GIGANTIC, ID, PAGE};
@@ -80,7 +80,7 @@ fn keeps_what_is_healthy(backing: Backing, pages: u64) -> Result {
         slot.check(page, 1)?;
     }
     let bad = [2 * 97, huge - 200 - (huge - 200) % 97];
-    let frames = bad.map(|page| frame(alias_of(&slot.alias, page)));
+    let frames = bad.map(|page| frame_of(alias_of(&slot.alias, page)));
     for frame in frames {
         errors.inject(backing, frame?)?;
         slot.event()?;
@@ -283,7 +283,7 @@ fn meets_another_error() -> Result {
     slot.vm.set_paging(ID, Paging::OnPresent)?;
     slot.check(0, 1)?;
     let (first, copied, behind) = (looked_at[3], looked_at[0], looked_at[looked_at.len() - 2]);
-    let start = frame(alias_of(&slot.alias, 0))?;
+    let start = frame_of(alias_of(&slot.alias, 0))?;
     errors.inject(Backing::Huge1G, start + first)?;
     slot.event()?;
     let call = {

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 
-use kdp_vmm::{Order, Touch};
+use kdp_vmm::{frame_of, Order, Touch};
 use kvm_demand_paging::{Backing, EventKind, FaultExit, PageRange, Paging, Reason, State};
 
 use crate::check::{skip, Result};
@@ -535,15 +535,6 @@ fn short_file() -> Result {
     Ok(())
 }
 
-/// The frame that holds a byte of this process.
-pub(super) fn frame(at: *const u8) -> Result<u64> {
-    let mut entry = [0; 8];
-    File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, at as u64 / PAGE * 8)?;
-    let entry = u64::from_le_bytes(entry);
-    ensure!(entry >> 63 == 1, "the page is not in memory");
-    Ok(entry & ((1 << 55) - 1))
-}
-
 /// Memory of the file has failed: its page cannot be read. When it has a good one, it can.
 fn io_error() -> Result {
     const INJECT: &str = "/sys/kernel/debug/hwpoison";
@@ -559,7 +550,7 @@ fn io_error() -> Result {
         }
         slot.vm.set_source(ID, &file, 0, None)?;
         let bad = 3;
-        let pfn = frame(alias.as_ptr().wrapping_add((bad * PAGE) as usize))?;
+        let pfn = frame_of(alias.as_ptr().wrapping_add((bad * PAGE) as usize))?;
         drop(alias);
         fs::write(format!("{INJECT}/corrupt-pfn"), pfn.to_string())?;
         for _ in 0..2 {

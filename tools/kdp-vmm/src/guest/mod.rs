@@ -14,12 +14,14 @@
 
 mod clock;
 mod order;
+mod revisit;
 mod touch;
 
 use std::borrow::Cow;
 
 pub use clock::{Clock, ClockReport};
 pub use order::Order;
+pub use revisit::Revisit;
 pub use touch::{page_hash, Touch, BLOCK, HASH_FACTOR};
 
 /// `out`: the vCPU is ready; the VMM lets it go on when all the others are.
