@@ -121,6 +121,8 @@ pub enum Series {
     Kernel,
     /// Making a memslot
     Setup,
+    /// What a memory error takes, and replacing the huge page that has it
+    MemoryErrors,
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The figures that the project must show: each a ratio of two rows, computed here and nowhere else.
 
+use kdp_vmm::PAGE_SIZE;
+
 use crate::row::{Clock, Row};
 
 /// Which row.
@@ -73,6 +75,8 @@ pub enum Quantity {
     Speed,
     /// The median of single accesses, first over second.
     Median,
+    /// Bytes that an error takes, first over second.
+    Lost,
     /// Instructions, of the first alone.
     Instructions,
 }
@@ -114,7 +118,7 @@ pub struct Figure<'a> {
 impl Figure<'_> {
     /// Is less better?
     pub fn at_most(&self) -> bool {
-        self.aim < self.must
+        self.aim <= self.must
     }
 
     pub fn verdict(&self) -> Verdict {
@@ -137,6 +141,7 @@ impl Figure<'_> {
             (Quantity::Cost, Clock::Icount) | (Quantity::Instructions, _) => "instructions a page",
             (Quantity::Speed, _) => "pages/s",
             (Quantity::Median, _) => "p50",
+            (Quantity::Lost, _) => "bytes lost",
         };
         let second = self.second.map(|key| format!(" / {}", key.text()));
         format!(
@@ -149,11 +154,12 @@ impl Figure<'_> {
 
 const SHMEM: &str = "shmem";
 const HUGE: &str = "hugetlb-2M";
+const GIGANTIC: &str = "hugetlb-1G";
 
 /// All of them, in the order of the requirement; a value is nothing if a row for it is missing.
 pub fn figures(rows: &[Row]) -> Vec<Figure<'static>> {
     use Clock::{Icount, Time};
-    use Quantity::{Cost, Instructions, Median, Speed};
+    use Quantity::{Cost, Instructions, Lost, Median, Speed};
 
     let random = |mode, backing, clock| Key::new(mode, backing, "random", clock);
     let sequential = |mode, backing, clock| Key::new(mode, backing, "sequential", clock);
@@ -263,6 +269,13 @@ pub fn figures(rows: &[Row]) -> Vec<Figure<'static>> {
         let name = "complete memory over a plain hugetlb memfd";
         add(name, Cost, ours, Some(plain), 1.05, 1.00);
     }
+    for (backing, bytes) in [(HUGE, 2 << 20), (GIGANTIC, 1 << 30)] {
+        let [ours, plain] = ["poison", "poison-plain"].map(|mode| sequential(mode, backing, Time));
+        // 4 KiB, and nothing else will do.
+        let must = PAGE_SIZE as f64 / f64::from(bytes);
+        let name = "what a memory error takes, over plain hugetlb";
+        add(name, Lost, ours, Some(plain), must, must);
+    }
     all
 }
 
@@ -273,6 +286,10 @@ fn value(rows: &[Row], quantity: Quantity, first: &Key, second: Option<&Key>) ->
         Quantity::Cost => ratio(|row| row.us_per_page),
         Quantity::Speed => ratio(|row| row.pages_per_s),
         Quantity::Median => ratio(|row| row.p50_us),
+        Quantity::Lost => {
+            let lost = |row: &Row| Some(row.damage?.bytes_lost as f64);
+            Some(lost(first)? / lost(second?.find(rows)?)?)
+        }
         // A microsecond of the counting clock is 1,000 instructions.
         Quantity::Instructions => Some(first.us_per_page * 1e3),
     }
@@ -281,7 +298,7 @@ fn value(rows: &[Row], quantity: Quantity, first: &Key, second: Option<&Key>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::tests::row;
+    use crate::row::tests::{damaged, memory_error_rows, row};
 
     fn named<'a>(all: &'a [Figure<'static>], name: &str, backing: &str) -> &'a Figure<'static> {
         let fits = |f: &&Figure| f.name == name && f.first.backing == backing;
@@ -355,6 +372,19 @@ mod tests {
         );
         let other = named(&all, "exits over the limit", HUGE);
         assert_eq!(other.verdict(), Verdict::NotMeasured);
+    }
+
+    #[test]
+    fn an_error_must_take_4_kib_and_nothing_else() {
+        let verdict = |rows: &[Row]| {
+            let all = figures(rows);
+            named(&all, "what a memory error takes, over plain hugetlb", HUGE).verdict()
+        };
+        let mut rows = memory_error_rows();
+        assert_eq!(verdict(&rows), Verdict::Aim);
+        rows[1] = damaged("poison", 60.0, 8192, None);
+        assert_eq!(verdict(&rows), Verdict::Missed);
+        assert_eq!(verdict(&rows[1..]), Verdict::NotMeasured);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::figures::{figures, Figure, Key, Verdict};
 use crate::link::Link;
 use crate::machine::Machine;
+use crate::memory_error::{errors, replacements, ERRORS, ERRORS_HEAD, REPLACE, REPLACE_HEAD};
 use crate::plot::{self, escape, Alt, Axis, Bar, Scale, Series};
 use crate::report::{bound, measured};
 use crate::row::{Clock, Row};
@@ -38,6 +39,7 @@ pub fn page(rows: &[Row]) -> Result<String, Error> {
         sizes(rows)?,
         links(rows),
         complete(rows),
+        memory_errors(rows),
         kernel_test(rows),
         all_rows(rows),
     ]
@@ -226,7 +228,10 @@ fn style(mode: &str) -> usize {
 /// Is it a guest's first visit, by one of the modes?
 fn is_mode(row: &Row) -> bool {
     let other = ["setup", "loop-plain", "loop-device"].contains(&row.mode.as_str());
-    !other && !row.mode.ends_with("-module") && !row.mode.starts_with("kernel-")
+    !other
+        && row.damage.is_none()
+        && !row.mode.ends_with("-module")
+        && !row.mode.starts_with("kernel-")
 }
 
 fn modes(rows: &[Row]) -> Result<String, Error> {
@@ -604,6 +609,35 @@ fn complete(rows: &[Row]) -> String {
     )
 }
 
+fn memory_errors(rows: &[Row]) -> String {
+    let errors: Vec<Vec<String>> = errors(rows).map(Vec::from).collect();
+    let replacements: Vec<Vec<String>> = replacements(rows).map(Vec::from).collect();
+    let tables = [
+        ("An error in one page", ERRORS, &ERRORS_HEAD[..], errors),
+        (
+            "A fresh huge page in the place of a bad one",
+            REPLACE,
+            &REPLACE_HEAD,
+            replacements,
+        ),
+    ];
+    let mut out = "<h2>Memory errors</h2>\n".to_owned();
+    for (caption, text, head, cells) in tables {
+        if !cells.is_empty() {
+            let right: Vec<usize> = (1..head.len()).collect();
+            out += &format!(
+                "<p>{}</p>\n{}",
+                escape(text),
+                html_table(caption, head, &right, &cells)
+            );
+        }
+    }
+    match out.contains("<table>") {
+        true => out,
+        false => out + "<p>Not measured.</p>\n",
+    }
+}
+
 fn kernel_test(rows: &[Row]) -> String {
     let mut cells = Vec::new();
     let name = "kernel-demand-paging-test-";
@@ -744,7 +778,7 @@ fn html_table(caption: &str, head: &[&str], right: &[usize], rows: &[Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::tests::row;
+    use crate::row::tests::{memory_error_rows, row};
 
     /// Rows of every kind.
     fn rows() -> Vec<Row> {
@@ -819,6 +853,7 @@ mod tests {
             readers: 1,
             ..row("kernel-demand-paging-test-missing", Clock::Time, 380.0)
         });
+        rows.extend(memory_error_rows());
         rows
     }
 
@@ -907,6 +942,18 @@ mod tests {
         assert_eq!(cells(&rows), ["3.80", "ok, aim reached"]);
         rows.retain(|row| row.mode != "uffd-missing");
         assert_eq!(cells(&rows), ["–", "not measured"]);
+    }
+
+    #[test]
+    fn memory_errors_are_there_if_they_were_measured() {
+        let all = rows();
+        let with = page(&all).unwrap();
+        let cells = |name: &str| figure_cells(&with, "hugetlb-2M", name);
+        assert_eq!(cells("2,097,152")[2..4], ["4,096", "2,093,056"]);
+        assert_eq!(cells("5,110")[5..7], ["300", "250–900"]);
+        let without: Vec<Row> = all.into_iter().filter(|row| row.damage.is_none()).collect();
+        let without = page(&without).unwrap();
+        assert!(without.contains("<h2>Memory errors</h2>\n<p>Not measured.</p>"));
     }
 
     #[test]

@@ -50,7 +50,7 @@ pub fn run(program: &Path, mode: &str, vcpus: u64, bytes: u64) -> Result<Option<
                 fetched: visited,
                 // It has no latencies.
                 quantiles: QUANTILES.map(|_| us).to_vec(),
-                exits: 0,
+                ..Sample::default()
             }));
         }
         eprintln!(

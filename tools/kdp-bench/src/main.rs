@@ -8,6 +8,7 @@ mod kernel_test;
 mod link;
 mod machine;
 mod measure;
+mod memory_error;
 mod plan;
 mod plot;
 mod profile;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::case::Case;
 use crate::link::Link;
+use crate::memory_error;
 use crate::stats::{median, QUANTILES};
 use crate::Error;
 
@@ -31,6 +32,8 @@ pub enum Job {
     RoundTrip { writes: u64 },
     /// Copying the pages that the guest of this case visits, to memory of its backing that is in place.
     Copy(Case),
+    /// A memory error in a huge page of this size: in a memslot of ours, or in plain memory.
+    MemoryError { page_size: u64, ours: bool },
 }
 
 /// What came of it.
@@ -46,6 +49,8 @@ pub struct Sample {
     pub fetched: u64,
     /// What one access took in microseconds, at each of [`QUANTILES`].
     pub quantiles: Vec<f64>,
+    /// Of a memory error.
+    pub memory_error: Option<memory_error::Sample>,
 }
 
 /// Let a process of its own do this. None if it failed again and again: that has been told then.
@@ -81,6 +86,15 @@ pub fn run(job: &Job) -> Result<Sample, Error> {
         Job::Guest(case) => guest(case),
         Job::RoundTrip { writes } => round_trip(*writes),
         Job::Copy(case) => copy(case),
+        Job::MemoryError { page_size, ours } => {
+            let backing = Backing::of_page_size(*page_size).ok_or_else(|| {
+                kdp_vmm::Error::Invalid(format!("there is no memory of pages of {page_size} bytes"))
+            })?;
+            Ok(Sample {
+                memory_error: Some(memory_error::sample(backing, *ours)?),
+                ..Sample::default()
+            })
+        }
     }
 }
 
@@ -152,6 +166,7 @@ fn sample(case: &Case, report: &Report) -> Sample {
         events: report.events,
         fetched: report.pages_fetched,
         quantiles: QUANTILES.map(latency).to_vec(),
+        memory_error: None,
     }
 }
 

@@ -7,13 +7,14 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use kdp_vmm::session::Pattern;
-use kdp_vmm::{backing_name, BackingArg, Mode, PAGE_SIZE};
+use kdp_vmm::{backing_name, Backing, BackingArg, MemoryErrors, Mode, PAGE_SIZE};
 
 use crate::args::{RunArgs, Series};
 use crate::case::Case;
 use crate::kernel_test;
 use crate::machine::Machine;
 use crate::measure::{measure, Job, Sample};
+use crate::memory_error;
 use crate::row::{Clock, Parts, Row};
 use crate::setup;
 use crate::stats::{median, range, QUANTILES};
@@ -53,6 +54,10 @@ enum What {
         mode: (&'static str, &'static str),
         vcpus: u64,
     },
+    MemoryError {
+        backing: Backing,
+        ours: bool,
+    },
 }
 
 impl What {
@@ -62,6 +67,11 @@ impl What {
             Self::RoundTrip => "a round trip to the VMM".to_owned(),
             Self::Copy(case) => format!("copies on {}", backing_name(case.backing())),
             Self::Kernel { mode, vcpus } => format!("{}, {vcpus} vCPU", mode.1),
+            Self::MemoryError { backing, ours } => format!(
+                "a memory error on {}, {} us",
+                backing_name(*backing),
+                if *ours { "with" } else { "without" }
+            ),
         }
     }
 }
@@ -166,6 +176,9 @@ impl Plan {
         }
         if self.has(Series::Kernel) {
             self.kernel(&mut steps);
+        }
+        if self.has(Series::MemoryErrors) {
+            self.memory_errors(&mut steps);
         }
         steps
     }
@@ -312,12 +325,35 @@ impl Plan {
         }
     }
 
+    fn memory_errors(&self, steps: &mut Vec<Step>) {
+        // 1 GiB takes a while to fill, to read and to replace, and its replacement has 4,096 parts to wait for.
+        let runs = [
+            (BackingArg::Huge2M, self.runs(true)),
+            (BackingArg::Huge1G, self.runs.unwrap_or(1)),
+        ];
+        for (backing, runs) in runs {
+            if self.has_backing(backing) {
+                steps.extend([false, true].map(|ours| Step {
+                    what: What::MemoryError {
+                        backing: backing.into(),
+                        ours,
+                    },
+                    runs,
+                }));
+            }
+        }
+    }
+
     fn take(&self, what: &What) -> Result<Option<Sample>, Error> {
         let text = what.text();
         match what {
             What::Guest(case) => measure(&Job::Guest(*case), &text),
             What::RoundTrip => measure(&Job::RoundTrip { writes: ECHOES }, &text),
             What::Copy(case) => measure(&Job::Copy(*case), &text),
+            What::MemoryError { backing, ours } => {
+                let (page_size, ours) = (backing.page_size(), *ours);
+                measure(&Job::MemoryError { page_size, ours }, &text)
+            }
             What::Kernel { mode, vcpus } => match &self.kernel_test {
                 Some(program) => kernel_test::run(program, mode.0, *vcpus, self.pages * PAGE_SIZE),
                 None => Ok(None),
@@ -327,12 +363,13 @@ impl Plan {
 }
 
 /// What is measured when nobody says what. A link is simulated in time. One CPU, which is what counts instructions,
-/// says nothing about several vCPUs.
+/// says nothing about several vCPUs. Memory errors need a kernel that makes some.
 fn usual(series: Series, args: &RunArgs) -> bool {
     match series {
         Series::Base | Series::Loop | Series::Sizes | Series::Setup => true,
         Series::Kernel => !args.quick,
         Series::Vcpus | Series::Link => !args.quick && args.clock == Clock::Time,
+        Series::MemoryErrors => args.clock == Clock::Time && MemoryErrors::are_possible(),
     }
 }
 
@@ -435,6 +472,10 @@ fn to_rows(plan: &Plan, steps: &[Step], samples: &[Vec<Sample>]) -> Vec<Row> {
                     ..guest_row(&alike, plan.clock, samples)
                 });
             }
+            What::MemoryError { backing, .. } => {
+                let samples: Vec<_> = samples.iter().filter_map(|s| s.memory_error).collect();
+                rows.extend(memory_error::rows(*backing, plan.clock, &samples));
+            }
             What::RoundTrip | What::Copy(_) => {}
         }
     }
@@ -483,6 +524,7 @@ fn guest_row(case: &Case, clock: Clock, samples: &[Sample]) -> Row {
         },
         machine: None,
         parts: None,
+        damage: None,
     }
 }
 
@@ -617,6 +659,27 @@ mod tests {
             "{one:?}"
         );
         assert_eq!(one.len(), 3);
+    }
+
+    #[test]
+    fn memory_errors_are_measured_with_us_and_without() {
+        let errors = |arguments: &[&str]| {
+            let series = ["kdp-bench", "--series", "memory-errors"];
+            let all = [&series[..], arguments].concat();
+            let plan = Plan::new(&Args::parse_from(all).run).unwrap();
+            let steps = plan.steps();
+            let texts = steps.iter().map(|step| step.what.text());
+            texts.collect::<Vec<String>>()
+        };
+        assert_eq!(
+            errors(&["--backings", "shmem,hugetlb-2M"]),
+            [
+                "a memory error on hugetlb-2M, without us",
+                "a memory error on hugetlb-2M, with us"
+            ]
+        );
+        let all = ["--backings", "shmem,hugetlb-2M,hugetlb-1G"];
+        assert_eq!(errors(&all).len(), 4);
     }
 
     #[test]

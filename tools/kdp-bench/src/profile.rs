@@ -72,6 +72,7 @@ pub fn row(file: &Path) -> Result<Row, Error> {
         cdf: Vec::new(),
         machine: None,
         parts: None,
+        damage: None,
     })
 }
 

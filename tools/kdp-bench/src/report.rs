@@ -1,6 +1,7 @@
 //! The tables: every row, and the ratios that count, computed from the rows.
 
 use crate::figures::{figures, Figure, Key};
+use crate::memory_error::{errors, replacements, ERRORS, ERRORS_HEAD, REPLACE, REPLACE_HEAD};
 use crate::row::{Clock, Row};
 use crate::table::{number, table, thousands};
 
@@ -44,7 +45,7 @@ pub fn report(rows: &[Row]) -> String {
     for clock in [Clock::Time, Clock::Icount] {
         let of_clock: Vec<&Row> = rows
             .iter()
-            .filter(|row| row.clock == clock && row.mode != "setup")
+            .filter(|row| row.clock == clock && row.mode != "setup" && row.damage.is_none())
             .collect();
         if !of_clock.is_empty() {
             out += &costs(clock, &of_clock);
@@ -56,6 +57,7 @@ pub fn report(rows: &[Row]) -> String {
         out += &set_ups(&setups);
         out.push('\n');
     }
+    out += &memory_errors(rows);
     out += &ratios(rows);
     out.push('\n');
     out + &required(rows)
@@ -185,6 +187,19 @@ fn set_ups(rows: &[&Row]) -> String {
     )
 }
 
+fn memory_errors(rows: &[Row]) -> String {
+    let mut out = String::new();
+    let errors: Vec<Vec<String>> = errors(rows).map(Vec::from).collect();
+    if !errors.is_empty() {
+        out += &format!("{ERRORS}\n\n{}\n", table(&ERRORS_HEAD, 1, &errors));
+    }
+    let moves: Vec<Vec<String>> = replacements(rows).map(Vec::from).collect();
+    if !moves.is_empty() {
+        out += &format!("{REPLACE}\n\n{}\n", table(&REPLACE_HEAD, 1, &moves));
+    }
+    out
+}
+
 fn ratios(rows: &[Row]) -> String {
     let mut cells = Vec::new();
     for clock in [Clock::Time, Clock::Icount] {
@@ -281,7 +296,7 @@ fn set_up_ratio(clock: Clock, rows: &[Row]) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::tests::row;
+    use crate::row::tests::{memory_error_rows, row};
 
     #[test]
     fn ratios_are_computed_and_figures_judged() {
@@ -333,6 +348,46 @@ mod tests {
         other.backing = "hugetlb-2M".into();
         let text = report(&[row("exit", Clock::Time, 100.0), other]);
         assert!(!text.contains("Ratios"), "{text}");
+    }
+
+    #[test]
+    fn memory_errors_stand_beside_those_without_us() {
+        let rows = memory_error_rows();
+        let text = report(&rows);
+        let line = |head: &str| {
+            let at = text.find(head).unwrap_or_else(|| panic!("{head}: {text}"));
+            let mut lines = text[at..].lines().skip_while(|line| !line.contains("──"));
+            lines.nth(1).unwrap().split_whitespace().collect::<Vec<_>>()
+        };
+        assert_eq!(
+            line("The same memory error"),
+            [
+                "hugetlb-2M",
+                "2,097,152",
+                "4,096",
+                "2,093,056",
+                "40.0",
+                "60.0"
+            ]
+        );
+        // 5110 us for 511 pages.
+        assert_eq!(
+            line("KDP_REPLACE"),
+            [
+                "hugetlb-2M",
+                "5,110",
+                "640",
+                "2,093,056",
+                "4,096",
+                "300",
+                "250–900",
+                "200",
+                "150–210",
+                "1.50"
+            ]
+        );
+        assert!(!text.contains("us/page"), "{text}");
+        assert!(!report(&rows[..1]).contains("KDP_REPLACE"));
     }
 
     #[test]

@@ -34,7 +34,8 @@ impl Clock {
 pub struct Row {
     /// What was measured: a mode of kdp-vmm; limit; loop-plain, loop-device (memory that is complete, visited again);
     /// setup (making and mapping a memslot); exit-module (the module's part of exit);
-    /// kernel-demand-paging-test-missing, -minor.
+    /// kernel-demand-paging-test-missing, -minor; poison-plain, poison (a memory error without us and with us), replace
+    /// (putting a fresh huge page in the place of the one that has it).
     pub mode: String,
     /// shmem, hugetlb-2M or hugetlb-1G.
     pub backing: String,
@@ -88,6 +89,9 @@ pub struct Row {
     /// Of the mode limit: what it is made of beside the floor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parts: Option<Parts>,
+    /// Of poison-plain, poison and replace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damage: Option<Damage>,
 }
 
 /// What `limit` adds to the floor, each in microseconds, the medians of measurements in the same runs.
@@ -97,6 +101,45 @@ pub struct Parts {
     pub round_trip_us: f64,
     /// Copying 4 KiB to memory of the backing.
     pub copy_us: f64,
+}
+
+/// What there is of `bytes` after a memory error; in the worst of the runs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Bytes of pages that cannot be read.
+    pub bytes_lost: u64,
+    /// Bytes that can be read, and are what they were.
+    pub bytes_kept: u64,
+    /// Of replace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<Pause>,
+}
+
+/// The longest visit of a guest that reads the huge page over and over, in microseconds: the median of the runs, and
+/// their least and greatest.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pause {
+    /// While the huge page is replaced, until the guest has all of its pages again.
+    pub us: f64,
+    pub us_range: [f64; 2],
+    /// Over the same time without that.
+    pub without_us: f64,
+    pub without_us_range: [f64; 2],
+}
+
+impl Damage {
+    fn is_sound(&self, bytes: u64) -> bool {
+        let mut pauses = self.pause.iter().flat_map(|pause| {
+            [
+                (pause.us, pause.us_range),
+                (pause.without_us, pause.without_us_range),
+            ]
+        });
+        self.bytes_lost.checked_add(self.bytes_kept) == Some(bytes)
+            && pauses.all(|(us, [least, greatest])| {
+                0.0 < least && least <= us && us <= greatest && greatest.is_finite()
+            })
+    }
 }
 
 impl Row {
@@ -173,7 +216,8 @@ pub fn check(rows: &[Row]) -> Result<(), Error> {
                 row.runs as u64,
             ]
             .iter()
-            .all(|&x| x > 0);
+            .all(|&x| x > 0)
+            && row.damage.is_none_or(|damage| damage.is_sound(row.bytes));
         let why = if !sound {
             "its figures contradict each other"
         } else if rows[..n].iter().any(|other| other.same_as(row)) {
@@ -251,7 +295,44 @@ pub mod tests {
             cdf: Vec::new(),
             machine: None,
             parts: None,
+            damage: None,
         }
+    }
+
+    /// A row of a memory error that takes so many bytes of 2 MiB.
+    pub fn damaged(mode: &str, us: f64, bytes_lost: u64, pause: Option<Pause>) -> Row {
+        let bytes = 2 << 20;
+        Row {
+            backing: "hugetlb-2M".into(),
+            pattern: "sequential".into(),
+            bytes,
+            damage: Some(Damage {
+                bytes_lost,
+                bytes_kept: bytes - bytes_lost,
+                pause,
+            }),
+            ..row(mode, Clock::Time, us)
+        }
+    }
+
+    /// One without us, one with us, and the replacement: pauses of 300 and of 200 us.
+    pub fn memory_error_rows() -> [Row; 3] {
+        let pause = Pause {
+            us: 300.0,
+            us_range: [250.0, 900.0],
+            without_us: 200.0,
+            without_us_range: [150.0, 210.0],
+        };
+        [
+            damaged("poison-plain", 40.0, 2 << 20, None),
+            damaged("poison", 60.0, 4096, None),
+            Row {
+                pages: 511,
+                p50_us: 5110.0,
+                p99_us: 6000.0,
+                ..damaged("replace", 10.0, 4096, Some(pause))
+            },
+        ]
     }
 
     #[test]
@@ -308,6 +389,22 @@ pub mod tests {
                 ..other.clone()
             },
         ];
+        let damaged = memory_error_rows();
+        check(&damaged).unwrap();
+        let with_damage = |change: fn(&mut Damage)| {
+            let mut row = damaged[2].clone();
+            row.damage.iter_mut().for_each(change);
+            row
+        };
+        let bad = bad.into_iter().chain([
+            with_damage(|damage| damage.bytes_kept += 1),
+            with_damage(|damage| damage.bytes_lost = u64::MAX),
+            with_damage(|damage| {
+                if let Some(pause) = &mut damage.pause {
+                    pause.without_us_range = [220.0, 230.0];
+                }
+            }),
+        ]);
         for bad in bad {
             let why = refused(bad.clone());
             assert!(why.contains("contradict"), "{why}: {bad:?}");

@@ -59,5 +59,6 @@ pub fn row(bytes: u64, clock: Clock, us: &mut [f64]) -> Row {
         cdf: Vec::new(),
         machine: None,
         parts: None,
+        damage: None,
     }
 }
