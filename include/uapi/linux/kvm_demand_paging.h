@@ -165,6 +165,7 @@ struct kdp_info {
  *    F_SEAL_FUTURE_WRITE.
  *  - EEXIST: slot_id, a part of the GFN range or the name is taken.
  *  - ENOSPC: the VM has max_memslots memslots.
+ *  - EBUSY: a huge page of the memfd is just being replaced (KDP_REPLACE).
  *  - EMFILE: no file descriptor is left. ENFILE: the system has no open file left.
  */
 struct kdp_memslot_create {

@@ -10,7 +10,7 @@ use rustix::{
         fallocate, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate, memfd_create,
         FallocateFlags, MemfdFlags, SealFlags,
     },
-    io::Errno,
+    io::{pread, Errno},
 };
 
 /// The seals of a memfd, as fcntl(2) has them.
@@ -131,6 +131,26 @@ impl Memfd {
     pub fn add_seals(&self, seals: Seals) -> Result<()> {
         fcntl_add_seals(&self.fd, seals)
             .map_err(|errno| Error::sys("F_ADD_SEALS", format!("memfd, {seals:?}"), errno))
+    }
+
+    /// Read whole pages of 4 KiB, from `page` on, by pread(2). That also reads what is healthy in a huge page that has a
+    /// memory error, where every mapping of it is lost.
+    ///
+    /// # Errors
+    ///
+    /// EIO: one of the pages has the error.
+    pub fn read(&self, page: u64, data: &mut [u8]) -> Result<()> {
+        let argument = format!("memfd, page {page}, {} bytes", data.len());
+        let (mut at, mut done) = (page * PAGE_SIZE as u64, 0);
+        while done < data.len() {
+            match pread(&self.fd, &mut data[done..], at) {
+                Ok(0) => return Err(Error::Argument(format!("{argument}: past its end"))),
+                Ok(n) => (at, done) = (at + n as u64, done + n),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(Error::sys("pread", argument, errno)),
+            }
+        }
+        Ok(())
     }
 
     /// Map `len` bytes from `offset`, at the memfd's own page size. Both must be multiples of that.

@@ -519,6 +519,15 @@ fn under_a_handler() -> Result {
         lost(slot.address(page)),
         "a read"
     );
+    // By pread(2) what is healthy can be read past the module, too.
+    let mut bytes = [0; PAGE as usize];
+    slot.memfd.read(page + 1, &mut bytes)?;
+    ensure_eq!(bytes, content::bytes(page + 1, 1), "a page beside it");
+    let read = slot.memfd.read(page, &mut bytes);
+    ensure!(
+        read.as_ref().is_err_and(|e| e.errno() == Some(libc::EIO)),
+        "a read of the bad page came to {read:?}"
+    );
     // It was absent, too: in a good frame it can be had.
     ensure_eq!(slot.vm.replace(ID, 0)?.healed, 1, "pages healed");
     for page in 0..pages {
