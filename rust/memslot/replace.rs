@@ -141,8 +141,10 @@ impl Memslot {
         // As after KDP_MARK, huge pages with nothing but absent pages are not pinned.
         let is_needed = !is_removed && !pages.all_present(range, false);
         let back = if is_needed {
-            if let Some(back) = back {
-                self.backing.put_pin(&pages, range.first(), back, had_pin);
+            match back {
+                Some(back) => self.backing.put_pin(&pages, range.first(), back, had_pin),
+                // What has been mapped since it joined has no pin.
+                None => self.inode.unmap(range.first(), range.count()),
             }
             None
         } else {

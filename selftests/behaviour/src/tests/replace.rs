@@ -370,6 +370,23 @@ fn refused_changes_nothing() -> Result {
     )?;
     drop((memslot, vm));
 
+    // A memslot that nobody can move any more has pinned the bad one.
+    let vm = Vm::open()?;
+    let memslot = vm.create_memslot(1, &slot.memfd).create()?;
+    let map = memslot.map()?;
+    let at = map.as_ptr().wrapping_add(PAGE as usize).cast();
+    let healthy = Touched::Value(content::word(1, 1, 0));
+    ensure_eq!(sys::load(at), healthy, "a read of another VM's memslot");
+    drop(vm);
+    refused(
+        &memfd(BLOCK)?,
+        0,
+        libc::EBUSY,
+        "a memslot of a closed VM has it",
+    )?;
+    ensure_eq!(sys::load(at), healthy, "a read of the closed VM's memslot");
+    drop((map, memslot));
+
     // There is no free huge page.
     let free = free_huge_pages(Backing::Huge2M)? - huge_pages(Backing::Huge2M, "resv")?;
     let hog = memfd(free * BLOCK)?;
