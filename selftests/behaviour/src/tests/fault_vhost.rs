@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! vhost-net on absent pages: its worker is a thread of the kernel's that reads and writes guest memory.
+//! vhost-net on absent pages, and on lost ones: its worker is a thread of the kernel's that reads and writes guest memory.
 
 use std::sync::Arc;
 
-use kvm_demand_paging::{Backing, State, Who};
+use kvm_demand_paging::{Backing, Cause, PageRange, State, Who};
 
 use crate::check::Result;
-use crate::slot::{Slot, BACKINGS, PAGE};
+use crate::slot::{Slot, BACKINGS, ID, PAGE};
 use crate::task::{until, Task, MOMENT, PATIENCE};
 use crate::tun::{frame, Tap, HEADER};
 use crate::vhost::{Queue, Vhost, DRIVER_PAGE, USED_PAGE};
@@ -16,6 +16,8 @@ tests! {
     "fault-vhost-sends-from-an-absent-page" => sends_from_an_absent_page,
     "fault-vhost-receives-into-an-absent-page" => receives_into_an_absent_page,
     "fault-vhost-rings-absent" => rings_absent,
+    "poison-vhost-sends-nothing-of-a-lost-page" => sends_nothing_of_a_lost_page,
+    "poison-vhost-receives-nothing-into-a-lost-page" => receives_nothing_into_a_lost_page,
 }
 
 const BUFFER: u64 = 2;
@@ -93,6 +95,79 @@ fn receives_into_an_absent_page() -> Result {
         let used = (1, (HEADER + packet.len()) as u32);
         ensure_eq!(vhost.used()?, used, "buffers used, and bytes in the first");
         let mut page = [0; PAGE as usize];
+        slot.alias.read(BUFFER, &mut page)?;
+        ensure!(
+            page[HEADER..HEADER + packet.len()] == packet[..],
+            "the packet has other bytes"
+        );
+    }
+    Ok(())
+}
+
+/// The memory of a queue whose buffer is lost.
+fn with_lost_buffer(slot: &Slot, vhost: &Vhost, len: u32, buffer: &[u8]) -> Result {
+    slot.alias
+        .write(DRIVER_PAGE, &vhost.driver_page(BUFFER, len))?;
+    slot.alias.write(USED_PAGE, &[0; PAGE as usize])?;
+    slot.alias.write(BUFFER, buffer)?;
+    for page in [DRIVER_PAGE, USED_PAGE, BUFFER] {
+        slot.mark(State::Present, page)?;
+    }
+    slot.vm
+        .poison(ID, &[PageRange::page(BUFFER)], Cause::Emulated)?;
+    Ok(())
+}
+
+/// The packet to be sent is in a lost page: the copy fails, and nothing of it goes out. Once the page is healed it does.
+fn sends_nothing_of_a_lost_page() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let tap = Tap::new()?;
+        let vhost = Vhost::new(&slot, Queue::Transmit)?;
+        let packet = frame(900, 3);
+        let len = (HEADER + packet.len()) as u32;
+        with_lost_buffer(&slot, &vhost, len, &buffer_page(&packet))?;
+        vhost.start(&tap)?;
+        vhost.kick()?;
+        until("the worker has touched the page", || {
+            Ok(slot.counter("poisoned-touches")? > 0)
+        })?;
+        ensure!(
+            !tap.packet_came(MOMENT)?,
+            "a packet came out of a lost page"
+        );
+        ensure_eq!(vhost.used()?.0, 0, "buffers used");
+        slot.vm.heal(ID, &[PageRange::page(BUFFER)])?;
+        vhost.kick()?;
+        ensure!(tap.packet_came(PATIENCE)?, "no packet came");
+        ensure!(tap.receive()? == packet, "the packet has other bytes");
+        slot.no_event()?;
+    }
+    Ok(())
+}
+
+/// The buffer for a packet that comes in is in a lost page: it is not written to, and the buffer is not used. Once the page
+/// is healed it takes the next packet.
+fn receives_nothing_into_a_lost_page() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let tap = Tap::new()?;
+        let vhost = Vhost::new(&slot, Queue::Receive)?;
+        with_lost_buffer(&slot, &vhost, 2000, &[0xee; PAGE as usize])?;
+        vhost.start(&tap)?;
+        tap.send(&frame(700, 77))?;
+        until("the worker has touched the page", || {
+            Ok(slot.counter("poisoned-touches")? > 0)
+        })?;
+        std::thread::sleep(MOMENT);
+        ensure_eq!(vhost.used()?.0, 0, "buffers used");
+        let mut page = [0; PAGE as usize];
+        slot.alias.read(BUFFER, &mut page)?;
+        ensure!(page == [0xee; PAGE as usize], "a lost page was written to");
+        slot.vm.heal(ID, &[PageRange::page(BUFFER)])?;
+        let packet = frame(700, 78);
+        tap.send(&packet)?;
+        until("vhost has used the buffer", || Ok(vhost.used()?.0 == 1))?;
         slot.alias.read(BUFFER, &mut page)?;
         ensure!(
             page[HEADER..HEADER + packet.len()] == packet[..],

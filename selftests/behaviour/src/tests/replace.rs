@@ -4,6 +4,7 @@
 //! kernel gets the bad one.
 
 use std::fs;
+use std::process::Command;
 use std::time::Instant;
 
 use kdp_vmm::frame_of;
@@ -13,7 +14,7 @@ use kvm_demand_paging::{
 
 use super::memory_error::{alias_of, Errors};
 use super::poison::{lost, present};
-use crate::check::Result;
+use crate::check::{skip, Result};
 use crate::content;
 use crate::slot::{Slot, BLOCK, GIGANTIC, ID, PAGE};
 use crate::sys::{self, Touched};
@@ -26,6 +27,7 @@ tests! {
     "poison-replace-brings-absent-pages-back" => brings_absent_pages_back,
     "poison-replace-meets-another-error" => meets_another_error,
     "poison-replace-refused-changes-nothing" => refused_changes_nothing,
+    "poison-replace-by-the-command" => by_the_command,
 }
 
 fn emulated(page: u64) -> Poisoned {
@@ -420,5 +422,52 @@ fn refused_changes_nothing() -> Result {
         [0; PAGE as usize],
         "what the caller's memfd has there now: a hole"
     );
+    Ok(())
+}
+
+/// `kdp list`, `kdp replace` and `kdp list` again, in another process than the VMM.
+fn by_the_command() -> Result {
+    /// Where the tools are, from where tests are run.
+    const KDP: &str = "build/bin/kdp";
+    if !fs::exists(KDP)? {
+        return skip("the tools are not built");
+    }
+    let errors = Errors::new()?;
+    let slot = present(Backing::Huge2M, 3 * BLOCK, Paging::OnPresent)?;
+    let bad = [BLOCK + 7, 2 * BLOCK + 9];
+    for page in 0..3 * BLOCK {
+        slot.check(page, 1)?;
+    }
+    for page in bad {
+        errors.inject_into(Backing::Huge2M, &slot, page)?;
+        slot.event()?;
+    }
+    let run = |command: &str, more: &[String]| -> Result<String> {
+        let (pid, id) = (std::process::id().to_string(), ID.to_string());
+        let done = Command::new(KDP)
+            .args([command, "--json", "--pid", &pid, "--slot", &id])
+            .args(more)
+            .output()?;
+        let complaint = String::from_utf8_lossy(&done.stderr);
+        ensure!(done.status.success(), "kdp {command}: {complaint}");
+        Ok(String::from_utf8_lossy(&done.stdout).trim().to_owned())
+    };
+    let listed = |cause: &str| {
+        let runs = bad.map(|page| format!(r#"{{"cause":"{cause}","count":1,"first":{page}}}"#));
+        format!("[{}]", runs.join(","))
+    };
+    let replaced = |first: u64| {
+        format!(r#"[{{"copied":511,"errors":0,"first":{first},"healed":0,"lost":1}}]"#)
+    };
+    ensure_eq!(run("list", &[])?, listed("hardware"), "the list before");
+    // One by any page of it, then all that there are.
+    let some = [(BLOCK + 100).to_string()];
+    ensure_eq!(run("replace", &some)?, replaced(BLOCK), "the first");
+    ensure_eq!(run("replace", &[])?, replaced(2 * BLOCK), "the others");
+    ensure_eq!(run("list", &[])?, listed("emulated"), "the list after");
+    ensure_eq!(run("replace", &[])?, "[]", "when there are none");
+    for page in (0..3 * BLOCK).filter(|page| !bad.contains(page)) {
+        slot.check(page, 1)?;
+    }
     Ok(())
 }
