@@ -59,13 +59,15 @@ impl Memslot {
             pages.filled(page)?;
             Ok((Placed::Now, pages.look(page).1 == u64::MAX))
         };
-        let pages = self.pages.read();
-        let (placed, may_be_whole) = if pages.source().is_none() {
-            fill(&pages)?
-        } else {
-            drop(pages);
-            // A page must not become present while it is read from its source.
-            fill(&self.pages.write())?
+        let (placed, may_be_whole) = {
+            let pages = self.pages.read();
+            if pages.source().is_none() {
+                fill(&pages)?
+            } else {
+                drop(pages);
+                // A page must not become present while it is read from its source.
+                fill(&self.pages.write())?
+            }
         };
         if placed == Placed::Now {
             self.wake(page, page);
