@@ -232,7 +232,7 @@ impl Backing {
     pub(crate) fn take_pin(&self, pages: &mut Pages, page: u64) -> Result<Option<Pinned>> {
         let (leaf, at, _) = self.locate(page);
         if pages.pins.get(leaf).is_none() {
-            pages.pins.insert(leaf, Pins::new()?)?;
+            Self::add_pins(pages, leaf)?;
         }
         Ok(pages.pins.get_mut(leaf).and_then(|pins| pins.take(at)))
     }

@@ -223,7 +223,7 @@ pub(crate) fn replace(
     }
     let fresh = take_fresh(memfd, offset >> PAGE_SHIFT)?;
     let between = Move::new(files[0], index, 1 << order, bad, fresh)?;
-    let _registered = Registered::new(&between)?;
+    let _registered = Registered::new(&between);
     let members = Members::join(&between)?;
     own.check_bad(index, &between.bad, members.pins())?;
     let mut total = Replaced::default();

@@ -29,6 +29,17 @@ fn buffer_page(packet: &[u8]) -> [u8; PAGE as usize] {
     page
 }
 
+/// Makes the rings present, with one buffer of this length available.
+fn place_rings(slot: &Slot, vhost: &Vhost, len: u32) -> Result {
+    slot.alias
+        .write(DRIVER_PAGE, &vhost.driver_page(BUFFER, len))?;
+    slot.alias.write(USED_PAGE, &[0; PAGE as usize])?;
+    for page in [DRIVER_PAGE, USED_PAGE] {
+        slot.mark(State::Present, page)?;
+    }
+    Ok(())
+}
+
 /// The packet to be sent is in an absent page: the worker waits, an event says that the kernel reads, and
 /// then the packet comes out with the right bytes.
 fn sends_from_an_absent_page() -> Result {
@@ -38,12 +49,7 @@ fn sends_from_an_absent_page() -> Result {
         let vhost = Vhost::new(&slot, Queue::Transmit)?;
         let packet = frame(900, 3);
         let len = (HEADER + packet.len()) as u32;
-        slot.alias
-            .write(DRIVER_PAGE, &vhost.driver_page(BUFFER, len))?;
-        slot.alias.write(USED_PAGE, &[0; PAGE as usize])?;
-        for page in [DRIVER_PAGE, USED_PAGE] {
-            slot.mark(State::Present, page)?;
-        }
+        place_rings(&slot, &vhost, len)?;
         vhost.start(&tap)?;
         vhost.kick()?;
         let event = slot.event()?;
@@ -74,12 +80,7 @@ fn receives_into_an_absent_page() -> Result {
         let tap = Tap::new()?;
         let vhost = Vhost::new(&slot, Queue::Receive)?;
         let packet = frame(700, 77);
-        slot.alias
-            .write(DRIVER_PAGE, &vhost.driver_page(BUFFER, 2000))?;
-        slot.alias.write(USED_PAGE, &[0; PAGE as usize])?;
-        for page in [DRIVER_PAGE, USED_PAGE] {
-            slot.mark(State::Present, page)?;
-        }
+        place_rings(&slot, &vhost, 2000)?;
         vhost.start(&tap)?;
         tap.send(&packet)?;
         let event = slot.event()?;
@@ -106,13 +107,9 @@ fn receives_into_an_absent_page() -> Result {
 
 /// The memory of a queue whose buffer is lost.
 fn with_lost_buffer(slot: &Slot, vhost: &Vhost, len: u32, buffer: &[u8]) -> Result {
-    slot.alias
-        .write(DRIVER_PAGE, &vhost.driver_page(BUFFER, len))?;
-    slot.alias.write(USED_PAGE, &[0; PAGE as usize])?;
+    place_rings(slot, vhost, len)?;
     slot.alias.write(BUFFER, buffer)?;
-    for page in [DRIVER_PAGE, USED_PAGE, BUFFER] {
-        slot.mark(State::Present, page)?;
-    }
+    slot.mark(State::Present, BUFFER)?;
     slot.vm
         .poison(ID, &[PageRange::page(BUFFER)], Cause::Emulated)?;
     Ok(())
