@@ -44,6 +44,12 @@ for m in kvm_amd kvm_intel; do
 done
 [ -e /dev/kvm ] || tell "there is no /dev/kvm: the VM's CPU offers no virtualization"
 
+# Where nothing is emulated, or the VM has one CPU, there is nothing to guard.
+guard=${module%/*}/guard/kdp_emulator_guard.ko
+if grep -q 'QEMU TCG' /proc/cpuinfo && [ "$(nproc)" -gt 1 ] && [ -e "$guard" ]; then
+	insmod "$guard" || tell "the guard against the emulator's lost interrupts cannot be loaded"
+fi
+
 jiffies() { awk '/^jiffies:/ { print $2; exit }' /proc/timer_list; }
 export KDP_KERNEL
 cd /kdp/src || poweroff -f

@@ -5,6 +5,7 @@ scripts/vm has the interface. Started in the private mount namespace that the to
 
 import argparse
 import os
+import re
 import selectors
 import shlex
 import shutil
@@ -17,12 +18,14 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(__file__))
+import monitor  # noqa: E402
 import splats  # noqa: E402
 
 SRC = "/kdp/src"
 CACHE = "/kdp/cache"
 HERE = f"{SRC}/scripts/vm-inside"
 HANDOVER = Path("/mnt")
+MONITOR = f"{HANDOVER}/qmp"
 # virtme-ng's own init, in whose place ours is mounted.
 VIRTME_INIT = "/usr/lib/python3/dist-packages/virtme/guest/virtme-init"
 MODULE = f"{SRC}/build/module/{{}}/kvm_demand_paging.ko"
@@ -30,13 +33,22 @@ MODULE = f"{SRC}/build/module/{{}}/kvm_demand_paging.ko"
 # Complaints that are shown; the log has all of them.
 MOST_REPORTS = 8
 
-# A VM that is not at its init by then hangs at boot, which emulated ones do now and then (in the probe of a
-# virtio device). Nothing has run in it, so another takes its place.
+# A VM that is not at its init by then hangs at boot, which emulated ones do now and then (a CPU loses an interrupt:
+# guard/kdp_emulator_guard.c). Nothing has run in it, so another takes its place.
 BOOT_SECONDS = 180
 BOOTS = 3
+# So long a booting kernel has something to say, unless it sleeps for ever.
+BOOT_SILENCE = 40
+
+# Where the log has what QEMU said of a silent VM.
+EXAMINED = "\nrun.py: the VM is silent; its CPUs:\n"
+
+# QEMU's last words where it has lost the VM by a fault of its own.
+ASSERTION = re.compile(r"^qemu-system-.*: Assertion .* failed", re.MULTILINE)
 
 STATUS_SPLAT = 90
 STATUS_DIED = 91
+STATUS_LOST = 92
 STATUS_TIMEOUT = 124
 
 # Whatever way we end, the kernel ends all of the VM's processes: they are a PID namespace of their own, whose first
@@ -68,6 +80,7 @@ def parse(argv):
     p.add_argument("--icount", action="store_true")
     p.add_argument("--plugin")
     p.add_argument("--timeout", type=int)
+    p.add_argument("--silence", type=int)
     p.add_argument("--allow-splat", action="store_true")
     command = []
     if "--" in argv:
@@ -211,10 +224,11 @@ def virtme_args(args, kvm, stderr_fd):
         qemu += ["-chardev", f"file,id=kdperr,path=/proc/self/fd/{stderr_fd}", "-device", "virtio-serial-pci"]
         qemu += ["-device", "virtserialport,name=kdp.stderr,chardev=kdperr"]
         # QEMU's monitor, for tests that want a hardware error: it listens, and is its own client in the VM's name.
-        monitor = f"{HANDOVER}/monitor"
-        qemu += ["-chardev", f"socket,id=kdpmon,path={monitor},server=on,wait=off", "-mon", "kdpmon,mode=readline"]
-        qemu += ["-chardev", f"socket,id=kdpcmd,path={monitor}"]
+        tests = f"{HANDOVER}/monitor"
+        qemu += ["-chardev", f"socket,id=kdpmon,path={tests},server=on,wait=off", "-mon", "kdpmon,mode=readline"]
+        qemu += ["-chardev", f"socket,id=kdpcmd,path={tests}"]
         qemu += ["-device", "virtserialport,name=kdp.monitor,chardev=kdpcmd"]
+        qemu += ["-qmp", f"unix:{MONITOR},server=on,wait=off"]
     return out + ["--qemu-opts", *qemu]
 
 
@@ -235,6 +249,9 @@ class Vm:
     def __init__(self, args, kvm, log):
         self.args = args
         self.booted = False
+        # How it is when it had to be ended for its silence: nothing comes, and all of its CPUs are asleep.
+        self.silent = False
+        self.asleep = False
         # What the console said last, until it has booted.
         self.heard = b""
         console_r, console_w = os.pipe()
@@ -262,8 +279,8 @@ class Vm:
                 os.close(fd)
 
     def watch(self):
-        """Until the VM has ended. Returns False if it had to be ended at the timeout, or does not boot."""
-        start = time.monotonic()
+        """Until the VM has ended. Returns False if it is to be ended: at the timeout, or silent, or not booting."""
+        start = heard = booting = time.monotonic()
         deadline = start + self.args.timeout if self.args.timeout else None
         with selectors.DefaultSelector() as sel:
             for fd in self.routes:
@@ -271,18 +288,36 @@ class Vm:
             while sel.get_map():
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
-                if not self.booted and self.args.action == "run" and time.monotonic() >= start + BOOT_SECONDS:
+                if not self.booted and self.args.action == "run" and time.monotonic() >= booting + BOOT_SILENCE:
+                    self.examine()
+                    if self.asleep or time.monotonic() >= start + BOOT_SECONDS:
+                        return False
+                    booting = time.monotonic()
+                if self.args.silence and time.monotonic() >= heard + self.args.silence:
+                    self.examine()
                     return False
                 for key, _ in sel.select(1.0):
                     data = os.read(key.fd, 1 << 16)
                     if not data:
                         sel.unregister(key.fd)
                         continue
-                    if key.fd == self.console and not self.booted:
+                    if key.fd != self.console:
+                        heard = time.monotonic()
+                    elif not self.booted:
+                        booting = time.monotonic()
                         self.heard = self.heard[-64:] + data
                         self.booted = b"vm-init: started" in self.heard
                     self.forward(self.routes[key.fd], data)
         return True
+
+    def examine(self):
+        """Why it is silent: what its CPUs do goes into the log."""
+        self.silent = True
+        try:
+            text, self.asleep = monitor.state_of_cpus(MONITOR)
+        except (OSError, ValueError) as e:
+            text = f"QEMU's monitor does not answer: {e}\n"
+        self.forward(self.routes[self.console], f"{EXAMINED}{text}".encode())
 
     @staticmethod
     def forward(fd, data):
@@ -294,25 +329,41 @@ class Vm:
         self.process.wait()
 
 
-def verdict(args, path, status, ended):
+def complaints(path, vm):
+    """What the kernel complained of. That RCU waits is no more than a consequence where a CPU has lost its timer."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lost = vm.asleep or splats.GUARDED in text
+    return [report for report in splats.scan(text) if not (lost and splats.is_of_rcu(report))]
+
+
+def verdict(args, path, status, ended, vm):
     text = path.read_text(encoding="utf-8", errors="replace")
     where = str(path.relative_to(SRC))
-    found = splats.scan(text)
+    found = complaints(path, vm)
     for report in found[:MOST_REPORTS]:
         print(f"--- the kernel complained ({where}):", *report, sep="\n", file=sys.stderr)
     if len(found) > MOST_REPORTS:
         print(f"--- and {len(found) - MOST_REPORTS} times more", file=sys.stderr)
     if not ended:
         booted = "vm-init: started" in text
-        why = f"was ended after {args.timeout} s (--timeout)" if booted else "does not boot"
+        said = text.partition(EXAMINED)[0].splitlines()
+        if not booted:
+            why = "does not boot"
+        elif vm.silent:
+            why = f"said nothing for {args.silence} s (--silence)"
+            why += ", all of its CPUs asleep" if vm.asleep else "; its CPUs are at work"
+        else:
+            why = f"was ended after {args.timeout} s (--timeout)"
         print(f"error: the VM {why}. Its last lines:", file=sys.stderr)
-        print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
+        print("\n".join("    " + line for line in said[-10:]), file=sys.stderr)
         print(f"The whole console: {where}", file=sys.stderr)
-        return STATUS_TIMEOUT
+        return STATUS_LOST if booted and vm.asleep and not found else STATUS_TIMEOUT
     if args.action == "run" and "vm-init: command ended with status" not in text:
         print(f"error: the VM died before the command ended. The console: {where}. Its last lines:", file=sys.stderr)
         print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
-        return STATUS_SPLAT if found and not args.allow_splat else STATUS_DIED
+        if found and not args.allow_splat:
+            return STATUS_SPLAT
+        return STATUS_LOST if ASSERTION.search(text) else STATUS_DIED
     if found and not args.allow_splat:
         print(f"error: the kernel complained {len(found)} time(s); the command's status was {status}.", file=sys.stderr)
         return STATUS_SPLAT
@@ -344,13 +395,11 @@ def main():
                 vm.kill()
                 print(f"interrupted; the console: {path.relative_to(SRC)}", file=sys.stderr)
                 return 130
-        if ended or vm.booted or boot == BOOTS or splats.scan(path.read_text(encoding="utf-8", errors="replace")):
+        if args.action == "shell" or vm.booted or boot == BOOTS or complaints(path, vm):
             break
-        print(
-            f"The VM hung at boot, for {BOOT_SECONDS} s; here is another. Its console: {path.relative_to(SRC)}",
-            file=sys.stderr,
-        )
-    return verdict(args, path, status, ended)
+        how = "died" if ended else "hung"
+        print(f"The VM {how} at boot; here is another. Its console: {path.relative_to(SRC)}", file=sys.stderr)
+    return verdict(args, path, status, ended, vm)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ BEGINS = re.compile(
 ENDS = re.compile(r"---\[ end (?:trace|Kernel panic)|</TASK>$|^=+$")
 LONGEST = 60
 
+# What the guard against the emulator's lost interrupts says (guard/kdp_emulator_guard.c).
+GUARDED = "kdp_emulator_guard: the emulator has lost an interrupt"
+OF_RCU = re.compile(r"rcu.*(?:detected.*stall|kthread.*starved|kthread.*wakeup)")
+
 KMEMLEAK = re.compile(r"vm-kmemleak: (.*)$")
 STARTED = re.compile(r"vm-init: started; jiffies (\d+)")
 MODULE = "[kvm_demand_paging]"
@@ -58,6 +62,11 @@ def reports(lines):
             if (len(current) > 3 and ENDS.search(line)) or len(current) >= LONGEST:
                 current = None
     return found
+
+
+def is_of_rcu(report):
+    """Whether a report says no more than that RCU waits for a CPU, or for its own thread."""
+    return bool(OF_RCU.search(report[0]))
 
 
 def leaks(lines):
