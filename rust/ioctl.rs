@@ -19,7 +19,6 @@ use crate::{
         uapi::*,
         work, //
     },
-    memory_error::Listed,
     memslot::{
         place::Placed,
         Collapsed,
@@ -195,9 +194,9 @@ fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result
     let memslot = made.ok_or(ENOMEM)?;
     let (fd, file) = reserve(file)?;
     arg.fd = fd.reserved_fd() as i32;
+    memslot.list()?;
     vm.insert(Slot {
         path: Path::new(&memslot)?,
-        _listed: Listed::new(&memslot)?,
         memslot,
         file: file.clone(),
     })?;

@@ -16,13 +16,14 @@
 //! 4. the kernel's i_mmap lock, page table locks and MMU notifiers (KVM's mmu_lock), when unmapping;
 //!    the event queue's mutex (events.rs), when a fault enters it.
 //!
-//! Userspace memory is not touched under 2 and 3: that could be a fault of our own.
+//! Userspace memory is not touched under 2 and 3: that could be a fault of our own. Under `listed` nothing is taken.
 //!
 //! # Lifetimes
 //!
 //! Every file of the memslot holds an `Arc` of it, every mapping holds its file. The memslot holds the
 //! inode whose mapping they all hang on, and the VM. The VM's table holds the memslot through its
-//! first file until the memslot is removed or the VM's last descriptor is closed.
+//! first file until the memslot is removed or the VM's last descriptor is closed. The index of memory errors
+//! (memory_error.rs) holds it until then, and further on while it has files: who maps it must be told of errors.
 
 use crate::{
     ahead,
@@ -51,6 +52,7 @@ use crate::{
         Failure,
         LostMapping, //
     },
+    memory_error::Listed,
     moving::ON_ITS_WAY,
     pages::{
         Mode,
@@ -88,7 +90,10 @@ use kernel::{
     seq_file::SeqFile,
     seq_print,
     sync::{
-        atomic::Atomic,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         lock::{
             mutex::MutexBackend,
             Guard, //
@@ -184,6 +189,11 @@ pub(crate) struct Memslot {
     pub(crate) backing: Backing,
     pub(crate) stats: Stats,
     inode: Inode,
+    /// How many files it has. Relaxed: it is only counted, and the last one is not opened again.
+    files: Atomic<u32>,
+    /// Its entry in the index of memory errors, while it has files and is not removed.
+    #[pin]
+    listed: Mutex<Option<Listed>>,
     #[pin]
     pub(crate) remapper: Remapper,
     /// A vCPU that touches a poisoned page gets the signal that it gets elsewhere; else an exit, or EFAULT.
@@ -215,6 +225,7 @@ impl_has_work! {
 }
 
 impl Memslot {
+    /// For a first file.
     pub(crate) fn new(
         vm: Arc<Vm>,
         place: Place,
@@ -236,6 +247,8 @@ impl Memslot {
                 backing,
                 stats,
                 inode,
+                files: Atomic::new(1),
+                listed <- new_mutex!(None, "kdp_listed"),
                 remapper <- Remapper::new(),
                 poison_signals,
                 lost_failure: Failure::none(),
@@ -253,6 +266,23 @@ impl Memslot {
 
     pub(crate) fn inode(&self) -> &Inode {
         &self.inode
+    }
+
+    /// Enters it into the index of memory errors.
+    pub(crate) fn list(self: &Arc<Self>) -> Result {
+        let listed = Listed::new(self)?;
+        *self.listed.lock() = Some(listed);
+        Ok(())
+    }
+
+    fn unlist(&self) {
+        let listed = self.listed.lock().take();
+        drop(listed);
+    }
+
+    /// It has one more file. The caller knows that it has one.
+    pub(crate) fn opened(&self) {
+        self.files.fetch_add(1, Relaxed);
     }
 
     /// Checks a range that a caller named.
@@ -510,7 +540,7 @@ impl Memslot {
 
     /// Takes everything away from everybody. To be called once.
     pub(crate) fn remove(&self) {
-        let _changes = self.changes.lock();
+        let changes = self.changes.lock();
         let mut pages = self.pages.write();
         pages.restart(Mode::Removed);
         self.unmap_all();
@@ -518,7 +548,9 @@ impl Memslot {
             self.backing.unpin(&mut pages, whole);
         }
         drop(pages);
+        drop(changes);
         self.wake_all();
+        self.unlist();
     }
 
     /// Names where absent pages may be read from, and which; all of them, if `ranges` names none.
@@ -667,7 +699,11 @@ impl FileOps for Memslot {
         Some(&self.remapper)
     }
 
-    fn release(_this: Arc<Self>) {}
+    fn release(this: Arc<Self>) {
+        if this.files.fetch_sub(1, Relaxed) == 1 {
+            this.unlist();
+        }
+    }
 
     fn fdinfo(this: ArcBorrow<'_, Self>, m: &SeqFile) {
         let place = &this.place;

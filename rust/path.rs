@@ -94,6 +94,8 @@ impl Device for Opener {
     type Opened = Memslot;
 
     fn open(&self) -> Result<Arc<Memslot>> {
+        // The VM's table has a file of it until after the path is gone.
+        self.0.opened();
         Ok(self.0.clone())
     }
 

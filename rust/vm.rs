@@ -18,7 +18,6 @@ use crate::{
         vma::NewMapping, //
     },
     ioctl,
-    memory_error::Listed,
     memslot::Memslot,
     path::Path,
     rules::queue::Owner,
@@ -60,12 +59,11 @@ use kernel::{
 
 /// A memslot in the table.
 pub(crate) struct Slot {
+    /// Goes first: while it is there the memslot has a file.
+    pub(crate) path: Option<Path>,
     pub(crate) memslot: Arc<Memslot>,
     /// Holds the memslot as well: a cycle, until the memslot leaves the table.
     pub(crate) file: RawFile,
-    pub(crate) path: Option<Path>,
-    /// Holds the memslot, too.
-    pub(crate) _listed: Listed,
 }
 
 /// The table.

@@ -113,6 +113,34 @@ pub unsafe fn read_to(fd: BorrowedFd<'_>, to: *mut u8, len: usize) -> io::Result
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// Memory that a device would use: io_uring has it pinned until its file is closed.
+pub fn register_buffer(at: *const u8, len: usize) -> io::Result<OwnedFd> {
+    const IORING_REGISTER_BUFFERS: libc::c_uint = 0;
+    // struct io_uring_params, in words.
+    let mut params = [0u32; 30];
+    // SAFETY: the kernel writes at most a struct io_uring_params, which is as long.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+    let fd = check(fd as c_int)?;
+    // SAFETY: the descriptor is new.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let buffer = libc::iovec {
+        iov_base: at.cast_mut().cast(),
+        iov_len: len,
+    };
+    // SAFETY: the kernel reads one iovec. No operation is ever submitted that uses the buffer.
+    let registered = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            fd.as_raw_fd(),
+            IORING_REGISTER_BUFFERS,
+            &raw const buffer,
+            1,
+        )
+    };
+    check(registered as c_int)?;
+    Ok(fd)
+}
+
 /// Whether poll(2) finds the descriptor readable within that time.
 pub fn readable(fd: RawFd, within: Duration) -> io::Result<bool> {
     let mut poll = libc::pollfd {

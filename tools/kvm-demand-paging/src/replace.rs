@@ -99,8 +99,8 @@ fn hint(errno: Errno) -> Option<&'static str> {
             "there is no free huge page of this size: raise nr_hugepages in /sys/kernel/mm/hugepages, and try again",
         ),
         Errno::BUSY => Some(
-            "a device, another process, or a memslot of a closed VM has the huge page pinned, or the fresh one is mapped or its \
-             memfd has memslots: they must let it go first",
+            "a device or another process has the huge page pinned, or the fresh one is mapped or its memfd has memslots: they \
+             must let it go first",
         ),
         Errno::INVAL => Some(
             "the memslot must be on hugetlb, the page the first of a huge page, and the memfd of the same page size, with a \

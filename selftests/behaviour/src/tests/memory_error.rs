@@ -35,6 +35,7 @@ tests! {
     "poison-error-in-every-memslot" => in_every_memslot,
     "poison-error-in-an-absent-page" => in_an_absent_page,
     "poison-error-before-the-memslot" => before_the_memslot,
+    "poison-error-after-the-vm-was-closed" => after_the_vm_was_closed,
     "poison-error-more-than-once" => more_than_once,
     "poison-error-for-guests" => for_guests,
     "poison-error-in-a-frame-that-is-not-ours" => in_a_frame_that_is_not_ours,
@@ -296,6 +297,36 @@ fn in_an_absent_page() -> Result {
             "a read of the page, marked present"
         );
         slot.no_event()?;
+    }
+    Ok(())
+}
+
+/// Nobody reads events any more; who has the memory mapped loses the page all the same, and nothing else.
+fn after_the_vm_was_closed() -> Result {
+    let errors = Errors::new()?;
+    for (backing, pages) in BACKINGS {
+        let page = pages / 2 + 7;
+        let slot = super::poison::present(backing, pages, Paging::Off)?;
+        let frame = frame_of(alias_of(&slot.alias, page))?;
+        let guest = slot.guest.clone();
+        let at = |page: u64| -> *const u64 {
+            guest.as_ptr().wrapping_add((page * PAGE) as usize).cast()
+        };
+        for page in 0..pages {
+            slot.check(page, 1)?;
+        }
+        drop(slot);
+        errors.inject(backing, frame)?;
+        until("the page is lost", || {
+            Ok(sys::load(at(page)) == lost(at(page)))
+        })?;
+        for page in (0..pages).filter(|&other| other != page) {
+            ensure_eq!(
+                sys::load(at(page)),
+                Touched::Value(content::word(page, 1, 0)),
+                "page {page} of {backing:?}"
+            );
+        }
     }
     Ok(())
 }

@@ -26,6 +26,8 @@ tests! {
     "poison-replace-in-every-memslot" => in_every_memslot,
     "poison-replace-brings-absent-pages-back" => brings_absent_pages_back,
     "poison-replace-meets-another-error" => meets_another_error,
+    "poison-replace-in-a-memslot-of-a-closed-vm" => in_a_memslot_of_a_closed_vm,
+    "poison-replace-refused-while-others-pin-it" => refused_while_others_pin_it,
     "poison-replace-refused-changes-nothing" => refused_changes_nothing,
     "poison-replace-by-the-command" => by_the_command,
 }
@@ -149,6 +151,76 @@ fn keeps_what_is_healthy(backing: Backing, pages: u64) -> Result {
         "bad memory, in kB, with the frames made good"
     );
     Ok(())
+}
+
+/// Its VM is closed, so nobody can move it by a call; who has it mapped goes along all the same.
+fn in_a_memslot_of_a_closed_vm() -> Result {
+    let errors = Errors::new()?;
+    let slot = present(Backing::Huge2M, BLOCK, Paging::Off)?;
+    let vm = Vm::open()?;
+    let map = vm.create_memslot(1, &slot.memfd).create()?.map()?;
+    let at = |page: u64| -> *const u64 { map.as_ptr().wrapping_add((page * PAGE) as usize).cast() };
+    let healthy = |page: u64| Touched::Value(content::word(page, 1, 0));
+    ensure_eq!(
+        sys::load(at(1)),
+        healthy(1),
+        "a read of another VM's memslot"
+    );
+    drop(vm);
+    let page = 9;
+    errors.inject_into(Backing::Huge2M, &slot, page)?;
+    slot.event()?;
+    until("the closed VM's memslot has lost it", || {
+        Ok(sys::load(at(page)) == lost(at(page)))
+    })?;
+    let replaced = slot.vm.replace(ID, 0)?;
+    ensure_eq!(
+        (replaced.copied, replaced.lost),
+        (BLOCK - 1, 1),
+        "what came of it"
+    );
+    for page in (0..BLOCK).filter(|&other| other != page) {
+        slot.check(page, 1)?;
+        ensure_eq!(
+            sys::load(at(page)),
+            healthy(page),
+            "page {page}, of the closed VM"
+        );
+    }
+    ensure_eq!(sys::load(at(page)), lost(at(page)), "the lost page");
+    // SAFETY: it is guest memory.
+    unsafe { sys::store(slot.address(1), 0x1234) };
+    ensure_eq!(
+        sys::load(at(1)),
+        Touched::Value(0x1234),
+        "what was written through the other memslot"
+    );
+    Ok(())
+}
+
+/// A device that reads and writes there would not go along.
+fn refused_while_others_pin_it() -> Result {
+    let errors = Errors::new()?;
+    let slot = present(Backing::Huge2M, BLOCK, Paging::Off)?;
+    let pinned = sys::register_buffer(alias_of(&slot.alias, 0), PAGE as usize)?;
+    errors.inject_into(Backing::Huge2M, &slot, 9)?;
+    slot.event()?;
+    let refused = slot.vm.replace(ID, 0);
+    ensure!(
+        refused
+            .as_ref()
+            .is_err_and(|e| e.errno() == Some(libc::EBUSY)),
+        "KDP_REPLACE, with a buffer there, came to {refused:?}"
+    );
+    slot.check(1, 1)?;
+    drop(pinned);
+    // io_uring lets go of what it has pinned when its last work is over.
+    until("it can be replaced", || match slot.vm.replace(ID, 0) {
+        Ok(replaced) => Ok((replaced.copied, replaced.lost) == (BLOCK - 1, 1)),
+        Err(e) if e.errno() == Some(libc::EBUSY) => Ok(false),
+        Err(e) => Err(e.into()),
+    })?;
+    slot.check(1, 1)
 }
 
 /// Those of another VM, and of another part of the memfd; also one that has never touched the huge page.
@@ -371,23 +443,6 @@ fn refused_changes_nothing() -> Result {
         "the memfd has memslots, a hole",
     )?;
     drop((memslot, vm));
-
-    // A memslot that nobody can move any more has pinned the bad one.
-    let vm = Vm::open()?;
-    let memslot = vm.create_memslot(1, &slot.memfd).create()?;
-    let map = memslot.map()?;
-    let at = map.as_ptr().wrapping_add(PAGE as usize).cast();
-    let healthy = Touched::Value(content::word(1, 1, 0));
-    ensure_eq!(sys::load(at), healthy, "a read of another VM's memslot");
-    drop(vm);
-    refused(
-        &memfd(BLOCK)?,
-        0,
-        libc::EBUSY,
-        "a memslot of a closed VM has it",
-    )?;
-    ensure_eq!(sys::load(at), healthy, "a read of the closed VM's memslot");
-    drop((map, memslot));
 
     // There is no free huge page.
     let free = free_huge_pages(Backing::Huge2M)? - huge_pages(Backing::Huge2M, "resv")?;
