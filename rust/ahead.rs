@@ -3,7 +3,9 @@
 //! Reading ahead: while somebody goes through a memslot in order, the pages in front are filled in the
 //! background, so that whole blocks are there before they are touched, and are mapped by one entry.
 //!
-//! It never delays who waits: the touch itself reads its page and no other, and goes on.
+//! No touch waits for a device but for its own page. Only a thread that has come, in order, to a block that is being
+//! read ahead for it fills what is in memory already of it, before it goes on: 511 copies at most, which spare it
+//! as many faults. So do the kernel's own huge pages, which a fault clears as a whole.
 //!
 //! # Locks
 //!
@@ -12,6 +14,7 @@
 
 use crate::{
     ffi::{
+        task::is_being_killed,
         trace,
         work, //
     },
@@ -19,6 +22,7 @@ use crate::{
     pages::Pages,
     rules::{
         collapse::BLOCK_PAGES,
+        range::PageRange,
         touch::State, //
     },
     source::{
@@ -113,11 +117,51 @@ fn read(slot: &Memslot, source: &Arc<Source>, bite: &Bite) -> bool {
     };
     slot.stats.source_ahead().add(filled);
     trace::source(slot.place.id, bite.first, page - bite.first, 0);
-    // Only the last bite of a block can have made it whole.
-    if filled > 0 && bite.end % BLOCK_PAGES == 0 {
+    // With the last bite of a block it is whole, if it is going to be.
+    if bite.end % BLOCK_PAGES == 0 {
         if let Some(range) = slot.range(bite.first, bite.end - bite.first) {
             slot.collapse_read(range);
         }
     }
     done
+}
+
+/// Fills what is absent in a block, if all of it is in memory. From the end: the work comes from the front.
+pub(crate) fn help(slot: &Memslot, source: &Arc<Source>, block: PageRange) {
+    let mut end = block.last() + 1;
+    let mut filled = 0;
+    while end > block.first() && !is_being_killed() {
+        let first = end - (end - block.first()).min(BITE);
+        let pages = slot.pages.read();
+        if !pages.source().is_some_and(|now| Arc::ptr_eq(now, source)) {
+            break;
+        }
+        let is_there = |page: u64| match pages.state(page) {
+            State::Present => true,
+            State::Sourced => match source.fill(slot, &pages, page) {
+                Ok(Filled::Now(..)) => {
+                    filled += 1;
+                    true
+                }
+                Ok(Filled::Already) => true,
+                // Whoever touches the page waits for it, or is told.
+                Ok(Filled::NotCached) | Err(_) => false,
+            },
+            _ => false,
+        };
+        if !(first..end).rev().all(is_there) {
+            break;
+        }
+        end = first;
+        drop(pages);
+        work::yield_now();
+    }
+    slot.stats.source_ahead().add(filled);
+    trace::source(slot.place.id, end, block.last() + 1 - end, 0);
+    if end == block.first() {
+        source.has_filled(block);
+        if filled > 0 {
+            slot.collapse_read(block);
+        }
+    }
 }

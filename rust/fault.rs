@@ -20,7 +20,8 @@ use crate::{
         vma::{
             Fault,
             Mapping,
-            Outcome, //
+            Outcome,
+            PMD_ORDER, //
         },
         wait::Until, //
     },
@@ -97,9 +98,16 @@ impl Mapping for MemoryMapping {
         };
         let page = fault.pgoff();
         // A block that cannot be mapped keeps nobody out.
-        if block_frame(&slot, &slot.pages.read(), page, order, block).is_none() {
-            return Outcome::Fallback;
+        let pages = slot.pages.read();
+        if block_frame(&slot, &pages, page, order, block).is_none() {
+            let source = pages.source().cloned();
+            drop(pages);
+            return match source {
+                Some(source) => help(slot, fault, &source, order, block),
+                None => Outcome::Fallback,
+            };
         }
+        drop(pages);
         // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
         // cannot tell (walk_to_pmd() in mm/memory.c).
         let pages = slot.pages.write();
@@ -338,6 +346,20 @@ fn fill<'a>(
     };
     drop(pages);
     Ok(mapped(&slot, fault, page, 0, outcome))
+}
+
+/// A block with a source is not whole: who has come to it in order helps to fill it, and the fault is retried.
+fn help(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'_>,
+    source: &Arc<Source>,
+    order: u32,
+    block: PageRange,
+) -> Outcome {
+    if order != PMD_ORDER || !fault.may_retry() || fault.no_wait() || !source.comes_to(block) {
+        return Outcome::Fallback;
+    }
+    unlocked(slot, fault, |slot| ahead::help(slot, source, block))
 }
 
 /// How a thread may be kept waiting.

@@ -29,7 +29,10 @@ use crate::{
     pages::Pages,
     rules::{
         bits::ones,
-        range::WORD_PAGES,
+        range::{
+            PageRange,
+            WORD_PAGES, //
+        },
         stream::Streams,
         touch::State, //
     }, //
@@ -283,6 +286,24 @@ impl Source {
         };
         observer.ahead = Some((start, end));
         true
+    }
+
+    /// The current thread touches a block that is not whole: says, once, whether it goes on in order, and the block was to
+    /// be read ahead for it.
+    pub(crate) fn comes_to(&self, block: PageRange) -> bool {
+        let mut observer = self.observer().lock();
+        observer.streams.comes_to(block.first(), block.last() + 1)
+    }
+
+    /// The current thread has filled a block: nothing is left to be read ahead there.
+    pub(crate) fn has_filled(&self, block: PageRange) {
+        let end = block.last() + 1;
+        let mut observer = self.observer().lock();
+        if let Some((first, until)) = observer.ahead {
+            if block.first() <= first && first < end {
+                observer.ahead = (end < until).then_some((end, until));
+            }
+        }
     }
 
     /// The next pages to read ahead, at most `pages` of them, of an observer from `from` on.

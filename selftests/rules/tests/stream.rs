@@ -58,6 +58,34 @@ fn one_touch_a_block_keeps_it_going() {
     }
 }
 
+/// Blocks that lie wholly in what was asked for, each once; none of a thread that does not go on in order.
+#[test]
+fn a_stream_is_told_of_its_blocks() {
+    let mut streams = Streams::default();
+    let mut told = vec![];
+    for page in 7..20 * BLOCK {
+        let first = page / BLOCK * BLOCK;
+        if streams.comes_to(first, first + BLOCK) {
+            assert_eq!(page, first, "in the middle of a block");
+            told.push(page / BLOCK);
+        }
+        streams.touched(page, LIMIT);
+        assert!(
+            !streams.comes_to(first, first + BLOCK),
+            "block {first} twice"
+        );
+    }
+    assert_eq!(told, (1..20).collect::<Vec<_>>());
+
+    let mut streams = Streams::default();
+    for i in 0..4 * BLOCK {
+        let page = i * 389 % (4 * BLOCK);
+        let first = page / BLOCK * BLOCK;
+        assert!(!streams.comes_to(first, first + BLOCK));
+        streams.touched(page, LIMIT);
+    }
+}
+
 /// Four threads' worth of streams, in turns.
 #[test]
 fn several_streams_at_once() {

@@ -43,6 +43,8 @@ tests! {
     "source-reads-ahead-in-order" => reads_ahead_in_order,
     "source-reads-nothing-ahead-at-random" => reads_nothing_ahead_at_random,
     "source-of-a-sequential-guest-maps-blocks" => sequential_guest_maps_blocks,
+    "source-in-order-comes-by-blocks" => in_order_comes_by_blocks,
+    "source-in-order-waits-for-no-neighbour" => in_order_waits_for_no_neighbour,
     "source-closed-vm" => closed_vm,
 }
 
@@ -685,6 +687,74 @@ fn sequential_guest_maps_blocks() -> Result {
         "{} faults of single pages",
         slot.counter("faults")?
     );
+    Ok(())
+}
+
+/// Who has come to a block in order fills it, unless that is done: nothing but the first block is mapped by pages.
+fn in_order_comes_by_blocks() -> Result {
+    for round in 0..rounds(10) {
+        let pages = 8 * BLOCK;
+        let (slot, _file) = sourced(Backing::Huge2M, pages)?;
+        // Of each page one word: as fast as can be.
+        for page in 0..pages {
+            ensure_eq!(
+                sys::load(slot.address(page)),
+                Touched::Value(content::word(page, 1, 0)),
+                "a read of page {page}"
+            );
+        }
+        let (small, huge) = (slot.counter("faults")?, slot.counter("faults-huge")?);
+        // The work that reads may zap a block once more, when it was at its end.
+        ensure!(
+            small <= BLOCK && (7..=16).contains(&huge),
+            "{small} faults of pages, {huge} of blocks (round {round})"
+        );
+        let (reads, ahead) = (slot.counter("source-reads")?, slot.counter("source-ahead")?);
+        ensure_eq!(reads + ahead, pages, "pages read");
+        slot.no_event()?;
+        for page in 0..pages {
+            slot.check(page, 1)?;
+        }
+    }
+    Ok(())
+}
+
+/// A page that is in memory is there at once, whatever the device does that has the rest of its block.
+fn in_order_waits_for_no_neighbour() -> Result {
+    let pages = 4 * BLOCK;
+    let slot = Slot::new(Backing::Huge2M, pages)?;
+    let bytes = (0..pages).flat_map(|page| content::bytes(page, 1));
+    let slow = SlowFs::mount(bytes.collect())?;
+    let device = run(Command::new("losetup")
+        .args(["--read-only", "--find", "--show"])
+        .arg(slow.file()))?;
+    let _undo = Undo(vec!["losetup".into(), "-d".into(), device.clone()]);
+    let disk = File::open(&device)?;
+    // SAFETY: it takes no memory of ours.
+    let advised = unsafe { libc::posix_fadvise(disk.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+    ensure_eq!(advised, 0, "posix_fadvise(2)");
+    // Two blocks, and the first page of the third.
+    let mut buffer = vec![0; ((2 * BLOCK + 1) * PAGE) as usize];
+    disk.read_exact_at(&mut buffer, 0)?;
+    slot.vm.set_source(ID, &disk, 0, None)?;
+
+    slow.hold();
+    let touching = slot.clone();
+    Task::work(move || {
+        for page in 0..=2 * BLOCK {
+            touching.check(page, 1)?;
+        }
+        Ok(())
+    })?
+    .join("a thread whose pages are all in memory")?;
+    let mut next = slot.checker(2 * BLOCK + 1, 1)?;
+    next.still_waits("a thread whose page is not")?;
+    slow.release();
+    next.join("a thread whose disk answers again")?;
+    for page in 0..pages {
+        slot.check(page, 1)?;
+    }
+    slot.vm.clear_source(ID)?;
     Ok(())
 }
 
