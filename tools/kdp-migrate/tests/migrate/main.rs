@@ -180,10 +180,13 @@ fn postcopy_alone_sends_every_page_once() {
 #[test]
 fn hints_save_pages_and_lose_none() {
     for seed in 0..3 * soak() {
-        for max_rounds in [0, 3] {
+        for max_rounds in [0, 10] {
             let options = SourceOptions {
+                // Many rounds, so that hints of one come in another.
                 rounds: Rule {
                     max_rounds,
+                    downtime: Duration::ZERO,
+                    patience: max_rounds,
                     ..Rule::default()
                 },
                 hint_lead: Duration::from_millis(100),
