@@ -10,6 +10,8 @@
 //! `stateright` walks every interleaving. For each part of the rule there is a model without it, in which it must find
 //! a lost write.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
 use kdp_migrate::{hints::Gate, schedule::SendMap, Epoch, Hint, PageSet};
 use kvm_demand_paging::PageRange;
 use stateright::{Checker, Model, Property};

@@ -21,7 +21,7 @@ pub fn content(page: u64, sequence: u32) -> [u8; PAGE] {
     if sequence == 0 {
         return bytes;
     }
-    let mut state = page << 32 | u64::from(sequence);
+    let mut state = (page << 32) | u64::from(sequence);
     for word in bytes.chunks_exact_mut(8) {
         state = next(state);
         word.copy_from_slice(&state.to_le_bytes());
