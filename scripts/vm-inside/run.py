@@ -74,6 +74,7 @@ def parse(argv):
     p.add_argument("--kernel", default="fast", choices=["fast", "debug"])
     p.add_argument("--memory", default="4G")
     p.add_argument("--cpus", type=int, default=2)
+    p.add_argument("--nodes", type=int, default=1)
     p.add_argument("--hugepages", type=int, default=0)
     p.add_argument("--hugepages-1g", type=int, default=0)
     p.add_argument("--kernel-arg", action="append", default=[])
@@ -99,7 +100,18 @@ def parse(argv):
             p.error("vm shell needs a terminal: say vm run -- COMMAND")
     if args.icount:
         args.cpus = 1
+    args.mib = mebibytes(args.memory)
+    if args.mib is None:
+        p.error(f"--memory {args.memory}: say how much, with M or G behind it")
+    if not 1 <= args.nodes <= 8 or args.mib % (args.nodes * 128):
+        p.error(f"--nodes {args.nodes}: from 1 to 8, which have parts of {args.memory} that are multiples of 128M")
     return args
+
+
+def mebibytes(size):
+    """A size of memory; None if it is none."""
+    match = re.fullmatch(r"([1-9][0-9]*)([MG])", size)
+    return match and int(match[1]) * {"M": 1, "G": 1024}[match[2]]
 
 
 def mount(*args):
@@ -169,6 +181,21 @@ def host_runs_kernels(kdir):
     return answer
 
 
+def nodes(args):
+    """NUMA nodes with equal parts of the memory and of the CPUs; those that are left over are the first one's."""
+    if args.nodes == 1:
+        return []
+    # CPUs that share a cache must be on one node.
+    out, each, cpu = ["-smp", f"{args.cpus},sockets={args.cpus},cores=1,threads=1"], args.cpus // args.nodes, 0
+    for node in range(args.nodes):
+        end = cpu + each + (args.cpus % args.nodes if node == 0 else 0)
+        cpus = f",cpus={cpu}-{end - 1}" if end > cpu else ""
+        out += ["-object", f"memory-backend-ram,id=node{node},size={args.mib // args.nodes}M"]
+        out += ["-numa", f"node,nodeid={node},memdev=node{node}{cpus}"]
+        cpu = end
+    return out
+
+
 def virtme_args(args, kvm, stderr_fd):
     kernel_args = [
         "root=/dev/root",
@@ -187,6 +214,9 @@ def virtme_args(args, kvm, stderr_fd):
     if not kvm:
         # Emulation on a busy host is not a lockup.
         kernel_args += ["rcupdate.rcu_cpu_stall_timeout=60", "watchdog_thresh=30"]
+    if args.nodes > 1:
+        # What it does costs time, and comes unasked: who wants it switches it on (kernel.numa_balancing).
+        kernel_args += ["numa_balancing=disable"]
     if args.hugepages_1g:
         kernel_args += ["hugepagesz=1G", f"hugepages={args.hugepages_1g}"]
     if args.hugepages:
@@ -208,6 +238,7 @@ def virtme_args(args, kvm, stderr_fd):
     # The root is read-only; the checkout, which lies in it, is exported once more to be written.
     qemu += ["-fsdev", f"local,id=kdpsrc,path={SRC},security_model=none,multidevs=remap"]
     qemu += ["-device", "virtio-9p-pci,fsdev=kdpsrc,mount_tag=kdp.src", "-no-reboot"]
+    qemu += nodes(args)
     if args.plugin:
         qemu += ["-plugin", f"{SRC}/{args.plugin}"]
 
