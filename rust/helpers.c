@@ -11,6 +11,7 @@
 #include <linux/kvm_host.h>
 #include <linux/memfd.h>
 #include <linux/mman.h>
+#include <linux/mutex.h>
 #include <linux/pagemap.h>
 #include <linux/percpu.h>
 #include <linux/pid.h>
@@ -292,10 +293,40 @@ static long pin_folio(struct file *memfd, pgoff_t index, struct folio **folio,
 		      pgoff_t *offset)
 {
 	loff_t start = (loff_t)index << PAGE_SHIFT;
-	long n = memfd_pin_folios(memfd, start, start + PAGE_SIZE - 1, folio, 1,
-				  offset);
 
-	return n ?: -ENOMEM;
+	return memfd_pin_folios(memfd, start, start + PAGE_SIZE - 1, folio, 1,
+				offset) ?: -ENOMEM;
+}
+
+/*
+ * A folio of ZONE_MOVABLE is moved out of it before it is pinned, and that fails
+ * with -ENOMEM if another thread has a pin on it just then, for the same purpose
+ * (migrate_longterm_unpinnable_folios() in mm/gup.c). So who has failed tries again
+ * while others who have failed wait: a vCPU must not fail because another one
+ * touches the same page. Those who come for the first time do not wait, so it may
+ * take more than one try. A leaf but for the memfd's own locks.
+ */
+static long pin_folio_alone(struct file *memfd, pgoff_t index,
+			    struct folio **folio, pgoff_t *offset)
+{
+	static DEFINE_MUTEX(alone);
+	int tries = 10;
+	long n;
+
+	mutex_lock(&alone);
+	do
+		n = pin_folio(memfd, index, folio, offset);
+	while (n == -ENOMEM && --tries && !fatal_signal_pending(current));
+	mutex_unlock(&alone);
+	return n;
+}
+
+static long kdp_pin_folio(struct file *memfd, pgoff_t index,
+			  struct folio **folio, pgoff_t *offset)
+{
+	long n = pin_folio(memfd, index, folio, offset);
+
+	return n != -ENOMEM ? n : pin_folio_alone(memfd, index, folio, offset);
 }
 
 /* Pins the page at @index; *@pfn is its frame. 1 if that had a memory error before. */
@@ -304,7 +335,7 @@ long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
 	struct folio *folio;
 	struct page *page;
 	pgoff_t offset;
-	long n = pin_folio(memfd, index, &folio, &offset);
+	long n = kdp_pin_folio(memfd, index, &folio, &offset);
 
 	if (n < 0)
 		return n;
@@ -323,7 +354,7 @@ long kdp_pin_huge_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
 	/* A signal ends it: the fault goes on, at the risk of a lost reservation. */
 	if (n < 0 && n != -EINTR)
 		return n;
-	n = pin_folio(memfd, index, &folio, &offset);
+	n = kdp_pin_folio(memfd, index, &folio, &offset);
 	if (n < 0)
 		return n;
 	*pfn = folio_pfn(folio) + (offset >> PAGE_SHIFT);
