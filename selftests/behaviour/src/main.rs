@@ -11,11 +11,13 @@
 
 #[macro_use]
 mod check;
+mod busy;
 mod content;
 mod emulator;
 mod guest;
 mod handler;
 mod harness;
+mod numa;
 mod shared;
 mod slot;
 mod slow_fs;

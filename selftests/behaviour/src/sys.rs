@@ -141,6 +141,12 @@ pub fn register_buffer(at: *const u8, len: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// madvise(2), of advice that leaves the bytes of a shared mapping of a file as they are.
+pub fn advise(at: *mut u8, len: usize, advice: c_int) -> io::Result<()> {
+    // SAFETY: the memory stays what it is, by the promise above.
+    check(unsafe { libc::madvise(at.cast(), len, advice) }).map(drop)
+}
+
 /// Whether poll(2) finds the descriptor readable within that time.
 pub fn readable(fd: RawFd, within: Duration) -> io::Result<bool> {
     let mut poll = libc::pollfd {
@@ -194,6 +200,23 @@ impl Child {
                 1
             }
         };
+        // SAFETY: ends the child without running what the parent has registered for its own end.
+        unsafe { libc::_exit(status) }
+    }
+
+    /// Runs `f` in a child of a process that has other threads; its result is the child's status.
+    ///
+    /// # Safety
+    ///
+    /// `f` takes no lock that another thread may have just now: it does not allocate, print or panic.
+    pub unsafe fn fork_beside_threads(f: impl FnOnce() -> i32) -> io::Result<Self> {
+        prepare_probes();
+        // SAFETY: by the caller's promise; the child ends in here.
+        let pid = check(unsafe { libc::fork() })?;
+        if pid > 0 {
+            return Ok(Self { pid, reaped: false });
+        }
+        let status = f();
         // SAFETY: ends the child without running what the parent has registered for its own end.
         unsafe { libc::_exit(status) }
     }

@@ -25,6 +25,10 @@ mod limit;
 mod memory_error;
 mod notify;
 mod notify_killed;
+mod pin;
+mod pin_fork;
+mod pin_move;
+mod pin_offline;
 mod place;
 mod poison;
 mod prefetch;
@@ -53,6 +57,10 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         lifetime_shared::TESTS,
         bitmap::TESTS,
         place::TESTS,
+        pin::TESTS,
+        pin_fork::TESTS,
+        pin_move::TESTS,
+        pin_offline::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.
         replace::TESTS,

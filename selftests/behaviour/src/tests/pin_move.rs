@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The other side of memory that stays put: it is moved to another node where its VMM wants that, with the guest running.
+
+use std::sync::Arc;
+
+use kvm_demand_paging::{Backing, PageRange, Paging, State};
+
+use crate::busy::Busy;
+use crate::check::Result;
+use crate::numa;
+use crate::slot::{need_huge_pages, Slot, BLOCK, ID, PAGE};
+
+tests! {
+    "pin-move-on-request-shmem" => || on_request(Backing::Shmem, BLOCK),
+    "pin-move-on-request-hugetlb" => || on_request(Backing::Huge2M, 2 * BLOCK),
+}
+
+/// Pages that are moved at once, of shmem.
+const STEP: u64 = 32;
+
+/// Moves a range: absent pages are not pinned, and nobody writes to them; what they hold stays in the memfd. Who touches one
+/// meanwhile waits as for any absent page.
+fn move_range(slot: &Slot, range: PageRange, each: u64, node: u32) -> Result {
+    slot.mark_range(State::Absent, range)?;
+    let start = slot.alias.as_ptr() as u64 + range.first * PAGE;
+    let addresses: Vec<u64> = (0..range.count * PAGE)
+        .step_by(each as usize)
+        .map(|at| start + at)
+        .collect();
+    let left = numa::move_pages(&addresses, node)?;
+    slot.mark_range(State::Present, range)?;
+    ensure_eq!(left, 0, "pages {} and on that stay", range.first);
+    Ok(())
+}
+
+/// There and back, range by range, while vCPUs write: no write is lost.
+fn on_request(backing: Backing, pages: u64) -> Result {
+    numa::need_nodes()?;
+    if backing == Backing::Huge2M {
+        need_huge_pages(32)?;
+    }
+    let slot: Arc<Slot> = Slot::new(backing, pages)?;
+    let each = backing.page_size();
+    let step = (each / PAGE).max(STEP);
+    let [from, to] = numa::NODES;
+    numa::on_node(from, || Ok(kdp_vmm::populate(&slot.alias)?))?;
+    slot.vm.set_paging(ID, Paging::OnPresent)?;
+    let busy = Busy::start(&slot)?;
+    let alias = numa::addresses(&slot.alias, each);
+    // Pinned, they are not moved by the same call.
+    ensure_eq!(
+        numa::move_pages(&alias, to)?,
+        alias.len() as u64,
+        "pages that stay, present"
+    );
+    for node in [to, from, to] {
+        for first in (0..pages).step_by(step as usize) {
+            move_range(&slot, PageRange::new(first, step), each, node)?;
+        }
+        let frames = numa::frames(slot.alias.as_ptr(), pages)?;
+        ensure!(
+            numa::are_on(node, &frames),
+            "not all pages are on node {node}"
+        );
+        busy.goes_on(1)?;
+    }
+    // Where they are pinned again they stay.
+    ensure_eq!(
+        numa::move_pages(&alias, from)?,
+        alias.len() as u64,
+        "pages that stay, present again"
+    );
+    let rounds = busy.end()?;
+    println!("the guest's vCPUs have gone through the memory {rounds} times");
+    Ok(())
+}
