@@ -139,6 +139,15 @@ pub fn memory_block(frame: u64) -> u64 {
     frame / memory_block_frames()
 }
 
+/// The words of a file that has one for each page.
+pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|word| {
+        let mut eight = [0; 8];
+        eight.copy_from_slice(word);
+        u64::from_ne_bytes(eight)
+    })
+}
+
 /// The frames of pages of this process, side by side. A page that is just being moved has none for a moment.
 pub fn frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
     let pagemap = fs::File::open("/proc/self/pagemap")?;
@@ -146,15 +155,7 @@ pub fn frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
     let mut frames = Vec::new();
     until("all pages are in memory", || {
         pagemap.read_exact_at(&mut entries, at as u64 / PAGE * 8)?;
-        let entry = |bytes: &[u8]| {
-            bytes
-                .iter()
-                .rev()
-                .fold(0, |all, &byte| all << 8 | u64::from(byte))
-        };
-        frames = entries
-            .chunks_exact(8)
-            .map(entry)
+        frames = words(&entries)
             .map(|entry| (entry >> 63) * (entry & ((1 << 55) - 1)))
             .collect();
         let missing: Vec<u64> = (0..pages)

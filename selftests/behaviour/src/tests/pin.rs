@@ -274,6 +274,7 @@ impl Drop for Group {
             std::process::id().to_string(),
         );
         let _ = fs::remove_dir(&self.0);
+        let _ = fs::write(format!("{}/cgroup.subtree_control", Self::ROOT), "-cpuset");
     }
 }
 

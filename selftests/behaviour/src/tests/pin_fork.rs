@@ -45,7 +45,7 @@ fn fork(backing: Backing, pages: u64, signal: Option<i32>) -> Result {
     let twin_at = twin.as_mut_ptr();
     let at = |page: u64, word: usize| slot.address(page).wrapping_add(word);
     let twin_word = |page: u64| twin_at.wrapping_add((page * PAGE / 8) as usize + PARENTS);
-    // SAFETY, here and below: guest memory, or the twin's, which no reference is used to in between.
+    // SAFETY: it is guest memory, or the twin's, which no reference is used to meanwhile.
     let store = |at: *mut u64, value: u64| unsafe { sys::store(at, value) };
     for page in 0..pages {
         ensure_eq!(

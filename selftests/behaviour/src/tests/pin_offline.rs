@@ -68,17 +68,12 @@ impl Drop for Block {
 fn unmovable(block: u64) -> Result<usize> {
     /// Of /proc/kpageflags: slab, huge, offline, page table, reserved (include/uapi/linux/kernel-page-flags.h and
     /// include/linux/kernel-page-flags.h).
-    const MASK: u64 = 1 << 7 | 1 << 17 | 1 << 23 | 1 << 26 | 1 << 32;
+    const FLAGS: [u32; 5] = [7, 17, 23, 26, 32];
     let frames = numa::memory_block_frames();
     let mut bytes = vec![0; frames as usize * 8];
     fs::File::open("/proc/kpageflags")?.read_exact_at(&mut bytes, block * frames * 8)?;
-    let flags = bytes.chunks_exact(8).map(|entry| {
-        entry
-            .iter()
-            .rev()
-            .fold(0, |all, &byte| all << 8 | u64::from(byte))
-    });
-    Ok(flags.filter(|flags: &u64| flags & MASK != 0).count())
+    let is_one = |flags: &u64| FLAGS.iter().any(|flag| (flags >> flag) & 1 == 1);
+    Ok(numa::words(&bytes).filter(is_one).count())
 }
 
 /// How many of these frames are in a block.
