@@ -580,6 +580,12 @@ struct file *kdp_memslot_file(const struct file_operations *fops)
 					 NULL, O_RDWR, NULL);
 }
 
+struct file *kdp_claimant_file(const struct file_operations *fops)
+{
+	return anon_inode_getfile("[kvm-demand-paging-claimant]", fops, NULL,
+				  O_RDWR);
+}
+
 struct inode *kdp_file_inode_get(struct file *file)
 {
 	struct inode *inode = file_inode(file);

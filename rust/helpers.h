@@ -115,6 +115,7 @@ u64 kdp_percpu_sum(unsigned long counters, unsigned int i);
 
 /* files */
 struct file *kdp_memslot_file(const struct file_operations *fops);
+struct file *kdp_claimant_file(const struct file_operations *fops);
 struct inode *kdp_file_inode_get(struct file *file);
 void kdp_file_redirect(struct file *file, struct inode *inode);
 struct miscdevice *kdp_file_misc(struct file *file);

@@ -20,6 +20,7 @@ use crate::{
         work, //
     },
     memslot::{
+        claim::Claimant,
         place::Placed,
         Collapsed,
         Memslot,
@@ -33,8 +34,16 @@ use crate::{
     },
     replace,
     rules::{
+        claim::{
+            Act,
+            Fate, //
+        },
         poison::Cause,
-        range::PageRange,
+        range::{
+            locate,
+            PageRange,
+            WORD_PAGES, //
+        },
         touch::State, //
     },
     source::Source,
@@ -77,6 +86,20 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_POISON_LIST => with_answer(arg, |a| poison_list(vm, a)),
         KDP_CMD_REPLACE => with_answer(arg, |a| replace_huge(vm, a)),
         KDP_CMD_PLACE => with_answer(arg, |a| place(vm, a)),
+        KDP_CMD_CLAIMANT => with_fds(arg, |a| claimant(vm, a), |_| Ok(())),
+        _ => Err(ENOTTY),
+    }
+}
+
+/// The same for a claimant's file.
+pub(crate) fn dispatch_claimant(
+    claimant: ArcBorrow<'_, Claimant>,
+    cmd: u32,
+    arg: UserPtr,
+) -> Result<isize> {
+    match cmd {
+        KDP_CMD_CLAIM => with_answer(arg, |a| claim(&claimant, a)),
+        KDP_CMD_COMMIT => with_answer(arg, |a| commit(&claimant, a)),
         _ => Err(ENOTTY),
     }
 }
@@ -137,7 +160,8 @@ fn info(arg: &mut kdp_info) -> Result {
             | KDP_FEATURE_SOURCE
             | KDP_FEATURE_POISON
             | KDP_FEATURE_REPLACE
-            | KDP_FEATURE_PLACE,
+            | KDP_FEATURE_PLACE
+            | KDP_FEATURE_CLAIM,
     );
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
@@ -466,9 +490,75 @@ fn place(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_place) -> Result {
                 Placed::Now => KDP_PLACED_NOW,
                 Placed::Present => KDP_PLACED_PRESENT,
                 Placed::Lost => KDP_PLACED_LOST,
+                Placed::Claimed => KDP_PLACED_CLAIMED,
             };
             results.write(&(result as u8))?;
         }
+        work::yield_now();
+    }
+    Ok(())
+}
+
+fn claimant(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_claimant) -> Result<Fds> {
+    check_unknown(arg.flags, 0, 0)?;
+    let (fd, file) = reserve(Claimant::file(vm.slot(arg.slot_id)?)?)?;
+    arg.fd = fd.reserved_fd() as i32;
+    Ok([Some((fd, file)), None])
+}
+
+fn claim(claimant: &Claimant, arg: &mut kdp_claim) -> Result {
+    check_claim(arg, 0)?;
+    act(claimant, arg, Act::Claim)
+}
+
+fn commit(claimant: &Claimant, arg: &mut kdp_claim) -> Result {
+    check_claim(arg, KDP_COMMIT_ABANDON)?;
+    let act_for = if arg.flags & KDP_COMMIT_ABANDON != 0 {
+        Act::Abandon
+    } else {
+        Act::Commit
+    };
+    act(claimant, arg, act_for)
+}
+
+fn check_claim(arg: &mut kdp_claim, known: u32) -> Result {
+    arg.done = 0;
+    arg.changed = 0;
+    check_unknown(arg.flags, known, 0)
+}
+
+/// Does something to claimed pages, word by word, and tells what became of each.
+fn act(claimant: &Claimant, arg: &mut kdp_claim, act: Act) -> Result {
+    let memslot = &claimant.memslot;
+    let range = memslot.range(arg.first, arg.count).ok_or(EINVAL)?;
+    let wanted = if arg.results == 0 { 0 } else { range.count() };
+    let address = usize::try_from(arg.results).map_err(|_| EFAULT)?;
+    let mut results = UserSlice::new(UserPtr::from_addr(address), wanted as usize).writer();
+    let mut first = range.first();
+    while first <= range.last() {
+        if is_being_killed() {
+            return Err(EINTR);
+        }
+        let count = (WORD_PAGES - first % WORD_PAGES).min(range.last() + 1 - first);
+        let part = memslot.range(first, count).ok_or(EINVAL)?;
+        let seen = claimant.act(act, part)?;
+        let fates = (first..first + count).map(|page| seen.fate(act, locate(page).2));
+        arg.done += count;
+        arg.changed += fates.clone().filter(|&fate| fate == Fate::Done).count() as u64;
+        if wanted > 0 {
+            let mut bytes = [0; WORD_PAGES as usize];
+            for (byte, fate) in bytes.iter_mut().zip(fates) {
+                *byte = match fate {
+                    Fate::Done => KDP_CLAIM_DONE,
+                    Fate::Present => KDP_CLAIM_PRESENT,
+                    Fate::Lost => KDP_CLAIM_LOST,
+                    Fate::Claimed => KDP_CLAIM_TAKEN,
+                    Fate::Void => KDP_CLAIM_VOID,
+                } as u8;
+            }
+            results.write_slice(&bytes[..count as usize])?;
+        }
+        first += count;
         work::yield_now();
     }
     Ok(())

@@ -15,6 +15,7 @@ mod account;
 mod ahead;
 mod around;
 mod backing;
+mod claims;
 mod collapse;
 mod device;
 mod events;

@@ -116,6 +116,7 @@ use kernel::{
 
 use crate::ffi::rwsem::RwSem;
 
+pub(crate) mod claim;
 pub(crate) mod place;
 mod poison;
 mod replace;
@@ -329,9 +330,13 @@ impl Memslot {
                 return Err(EINTR);
             }
             let last = first + (part.count - 1);
-            let (changed, may_be_whole) = self.mark(part, first, to)?;
+            let (changed, may_be_whole, claims) = self.mark(part, first, to)?;
             // A waiter that enters after this sees the state changed, under the queue's lock.
-            let woken = self.wake(first, last);
+            let woken = if claims {
+                self.wake_unclaimed(part)
+            } else {
+                self.wake(first, last)
+            };
             first += part.count;
             progress.changed += changed;
             self.stats.resolved().add(changed);
@@ -350,32 +355,61 @@ impl Memslot {
         Ok(())
     }
 
-    /// Marks a part that begins with page `first`; returns how many pages that changed, and whether a block
-    /// may be whole by it. The caller has `changes`.
-    fn mark(&self, part: ChunkPart, first: u64, to: State) -> Result<(u64, bool)> {
-        let mark = |pages: &Pages| {
-            let changed = match (pages.mode(), to) {
+    /// Lets go on who waits for pages of a part that nobody has claimed. The caller has `changes`.
+    #[cold]
+    fn wake_unclaimed(&self, part: ChunkPart) -> u64 {
+        let pages = self.pages.read();
+        let wake = |free: ChunkPart| {
+            let first = free.chunk * CHUNK_PAGES + free.first;
+            self.wake(first, first + (free.count - 1))
+        };
+        pages.claims.free(part).map(wake).sum()
+    }
+
+    /// Marks those pages that nobody has claimed of a part that begins with page `first`; returns how many pages that
+    /// changed, whether a block may be whole by it, and whether there are claims. The caller has `changes`.
+    fn mark(&self, part: ChunkPart, first: u64, to: State) -> Result<(u64, bool, bool)> {
+        self.settled(|pages| {
+            let claims = !pages.claims.is_empty();
+            match (pages.mode(), to) {
                 (Mode::Removed, _) => return Err(ENOENT),
                 (Mode::Off, State::Zero) => return Err(ENXIO),
-                (_, State::Zero) => return pages.mark_zero(part).map(|changed| (changed, false)),
-                _ => pages.mark_present(part)?,
+                _ => (),
+            }
+            let change = |part| match to {
+                State::Zero => pages.mark_zero(part),
+                _ => pages.mark_present(part),
             };
+            let changed = if claims {
+                let mut sum = 0;
+                for free in pages.claims.free(part) {
+                    sum += change(free)?;
+                }
+                sum
+            } else {
+                change(part)?
+            };
+            if to == State::Zero {
+                return Ok((changed, false, claims));
+            }
             // A few pages: their words say "no" nearly always.
             let is_whole = |page| pages.look(page).1 == u64::MAX;
             let last = first + (part.count - 1);
             let many = part.count >= WORD_PAGES;
-            Ok((
-                changed,
-                changed > 0 && (many || is_whole(first) || is_whole(last)),
-            ))
-        };
+            let may_be_whole = changed > 0 && (many || is_whole(first) || is_whole(last));
+            Ok((changed, may_be_whole, claims))
+        })
+    }
+
+    /// Calls `f` while no page is being filled from a source: it may change what keeps a source from filling pages.
+    fn settled<R>(&self, f: impl FnOnce(&Pages) -> R) -> R {
         let pages = self.pages.read();
         if pages.source().is_none() {
-            return mark(&pages);
+            return f(&pages);
         }
         drop(pages);
-        // A page must not become present while it is read from its source.
-        mark(&self.pages.write())
+        // Who has a source does not lose it meanwhile: the caller has `changes`.
+        f(&self.pages.write())
     }
 
     /// Pages have become present: blocks among them that are whole now are unmapped, so that the next
@@ -463,6 +497,9 @@ impl Memslot {
                 Mode::Off => return Err(ENXIO),
                 Mode::On { .. } => progress.changed += pages.mark_absent(part)?,
             }
+            if let Some(range) = self.range(first, part.count) {
+                self.void_claims(&pages, range);
+            }
             self.inode.unmap(first, part.count);
             drop(pages);
             first += part.count;
@@ -516,6 +553,10 @@ impl Memslot {
         let fill = mode != (Mode::On { default: false });
         let _changes = loop {
             let changes = self.changes.lock();
+            if fill {
+                // A page that is claimed and was zero is zero.
+                self.void_claims(&self.pages.read(), whole);
+            }
             match fill.then(|| self.fill_all_zero()) {
                 Some(Err(e)) if e == ON_ITS_WAY => (),
                 Some(Err(e)) => return Err(e),

@@ -11,6 +11,10 @@
 //! when first needed, so an untouched memslot costs the same whatever its size.
 
 use crate::{
+    claims::{
+        Claims,
+        Held, //
+    },
     ffi::{
         memfd::Pins,
         shared_page::{
@@ -26,6 +30,7 @@ use crate::{
             self,
             Word, //
         },
+        claim::Seen,
         range::{
             self,
             ChunkPart,
@@ -72,6 +77,8 @@ pub(crate) struct Pages {
     supply: Option<Supply>,
     /// Counts for more than all else.
     pub(crate) poison: Poison,
+    /// To all but their claimants these are absent, unless they are present or poisoned.
+    pub(crate) claims: Claims,
     /// What is going to be poisoned (lost.rs).
     closing: Option<PageRange>,
     /// A huge page that is being moved.
@@ -123,6 +130,7 @@ impl Pages {
             pins: Tree::new()?,
             supply: None,
             poison: Poison::new()?,
+            claims: Claims::new()?,
             closing: None,
             moving: None,
         })
@@ -132,12 +140,13 @@ impl Pages {
         self.mode
     }
 
-    /// Starts over in another mode, with no bits and no source. The caller unmaps the bitmap. What is poisoned stays so
+    /// Starts over in another mode, with no bits, no claims and no source. The caller unmaps the bitmap. What is poisoned stays so
     /// as long as there is a memslot.
     pub(crate) fn restart(&mut self, mode: Mode) {
         if mode == Mode::Removed {
             self.poison.clear();
         }
+        self.claims.end_all();
         self.mode = mode;
         self.present.clear();
         self.zero.clear();
@@ -283,11 +292,14 @@ impl Pages {
         if first & bit != 0 {
             return (State::Present, first);
         }
+        if !self.claims.is_empty() && self.claims.has(page) {
+            return (State::Absent, first);
+        }
         if Self::words(&self.zero, chunk).is_some_and(|w| bits::is_set(w, word, bit)) {
             return (State::Zero, first);
         }
-        // It may have been zero and become present between the two looks: who sees the zero bit cleared
-        // sees the present bit, which is set first, perhaps in a chunk that is new.
+        // It may have been zero, or claimed, and become present between the two looks: who sees that bit cleared sees
+        // the present bit, which is set first, perhaps in a chunk that is new.
         let seen = seen();
         let is_sourced = |supply: &Supply| {
             Self::words(&supply.has, chunk)
@@ -314,12 +326,31 @@ impl Pages {
             None => 0,
         };
         let mut sourced = bits(&supply.has, supply.default) & !bits(&self.zero, false);
-        // After the zero bits, as in `look_further()`.
+        if !self.claims.is_empty() {
+            sourced &= !self.claims.word(page);
+        }
+        // After the zero bits and the claims, as in `look_further()`.
         sourced &= !bits(&self.present, default);
         if !self.poison.is_empty() {
             sourced &= !self.poison.word(page);
         }
         sourced
+    }
+
+    /// What the pages are whose bits are in one word with a page's, for a claimant.
+    pub(crate) fn seen(&self, page: u64, held: &Held) -> Seen {
+        let (chunk, word, _) = range::locate(page);
+        let present = match (self.mode, Self::words(&self.present, chunk)) {
+            (Mode::On { .. }, Some(words)) => words[word].load_acquire(),
+            (Mode::On { default: false }, None) | (Mode::Removed, _) => 0,
+            (Mode::On { default: true }, None) | (Mode::Off, _) => u64::MAX,
+        };
+        Seen {
+            present,
+            poisoned: self.poison.word(page),
+            claimed: self.claims.word(page),
+            mine: held.word(page),
+        }
     }
 
     /// Whether every page of a range can be mapped.

@@ -415,6 +415,17 @@ impl RawFile {
         Ok(this)
     }
 
+    /// A new file whose private data is what `make` makes.
+    pub(crate) fn with_data<F: FileOps>(make: impl FnOnce() -> Result<Arc<F>>) -> Result<Self> {
+        // SAFETY: The table is static.
+        let file = from_err_ptr(unsafe { c::kdp_claimant_file(&Fops::<F, ()>::TABLE) })?;
+        // INVARIANT: The file comes with a reference.
+        let this = Self(NonNull::new(file).ok_or(ENOMEM)?);
+        // SAFETY: No descriptor names the file yet: nobody else uses it.
+        unsafe { (*file).private_data = make()?.into_foreign() };
+        Ok(this)
+    }
+
     /// The file.
     pub(crate) fn as_ptr(&self) -> *mut bindings::file {
         self.0.as_ptr()

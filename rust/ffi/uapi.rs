@@ -76,6 +76,8 @@ arguments! {
     kdp_poison_list: 32;
     kdp_replace: 64;
     kdp_place: 64;
+    kdp_claimant: 16;
+    kdp_claim: 48;
 }
 
 const _: () = assert!(size_of::<kdp_event>() == 48 && size_of::<kdp_range>() == 16);

@@ -5,10 +5,7 @@
 use super::Memslot;
 use crate::{
     moving::ON_ITS_WAY,
-    pages::{
-        Mode,
-        Pages, //
-    },
+    pages::Mode,
     rules::touch::State, //
 };
 use kernel::{
@@ -27,10 +24,13 @@ pub(crate) enum Placed {
     Present,
     /// It is poisoned.
     Lost,
+    /// Somebody has claimed it.
+    Claimed,
 }
 
 impl Memslot {
-    /// Gives an absent page its bytes, and lets its waiters go on; a page that is present, or poisoned, is left alone.
+    /// Gives an absent page its bytes, and lets its waiters go on; a page that is present, poisoned, or claimed is
+    /// left alone.
     pub(crate) fn place(self: &Arc<Self>, page: u64, bytes: &Page) -> Result<Placed> {
         loop {
             match self.try_place(page, bytes) {
@@ -43,7 +43,7 @@ impl Memslot {
 
     fn try_place(&self, page: u64, bytes: &Page) -> Result<Placed> {
         let _changes = self.changes.lock();
-        let fill = |pages: &Pages| {
+        let (placed, may_be_whole) = self.settled(|pages| {
             match pages.mode() {
                 Mode::Removed => return Err(ENOENT),
                 Mode::Off => return Err(ENXIO),
@@ -52,23 +52,14 @@ impl Memslot {
             match pages.state(page) {
                 State::Poisoned => return Ok((Placed::Lost, false)),
                 State::Present => return Ok((Placed::Present, false)),
+                _ if pages.claims.has(page) => return Ok((Placed::Claimed, false)),
                 _ => (),
             }
             // Nobody has the page mapped, and others who fill it take `changes`, too.
             self.backing.frame(pages, page)?.fill(bytes);
             pages.filled(page)?;
             Ok((Placed::Now, pages.look(page).1 == u64::MAX))
-        };
-        let (placed, may_be_whole) = {
-            let pages = self.pages.read();
-            if pages.source().is_none() {
-                fill(&pages)?
-            } else {
-                drop(pages);
-                // A page must not become present while it is read from its source.
-                fill(&self.pages.write())?
-            }
-        };
+        })?;
         if placed == Placed::Now {
             self.wake(page, page);
             self.stats.placed().add(1);

@@ -92,6 +92,9 @@ impl Memslot {
             });
             // Also those that were added before one failed.
             self.inode.unmap(first, part.count);
+            if let Some(range) = self.range(first, part.count) {
+                self.void_claims(&pages, range);
+            }
             drop(pages);
             self.wake(first, last);
             added?;
@@ -187,6 +190,7 @@ impl Memslot {
         }
         let added = pages.poison.add(page, Cause::Hardware);
         self.inode.unmap(page, 1);
+        self.void_claims(&pages, range);
         drop(pages);
         self.wake(page, page);
         added?;

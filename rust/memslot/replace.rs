@@ -53,6 +53,8 @@ impl Memslot {
             }
             _ => (),
         }
+        // Who has claimed a page writes to where it was.
+        self.void_claims(&pages, range);
         let moving = Moving {
             range,
             cursor: Cursor::new(range.count()),

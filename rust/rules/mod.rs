@@ -8,6 +8,7 @@
 
 pub mod around;
 pub mod bits;
+pub mod claim;
 pub mod collapse;
 pub mod fill;
 pub mod name;

@@ -4,6 +4,7 @@
 
 #define SLOT	7
 #define HUGE_SLOT	2
+#define CLAIMED_SLOT	3
 #define PAGES	64
 
 union arg {
@@ -24,6 +25,8 @@ union arg {
 	struct kdp_poison_list list;
 	struct kdp_replace replace;
 	struct kdp_place place;
+	struct kdp_claimant claimant;
+	struct kdp_claim claim;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -33,31 +36,38 @@ static const struct call {
 	__u32 size;
 	__u32 flags;	/* those that the call knows */
 	bool writes;	/* it has fields that it fills */
+	bool claimants;	/* it is for a claimant's fd */
 } calls[] = {
-	{ "KDP_INFO", KDP_INFO, sizeof(struct kdp_info), 0, true },
+	{ "KDP_INFO", KDP_INFO, sizeof(struct kdp_info), 0, true, false },
 	{ "KDP_MEMSLOT_CREATE", KDP_MEMSLOT_CREATE, sizeof(struct kdp_memslot_create),
-	  KDP_MEMSLOT_PAGING | KDP_MEMSLOT_POISON_SIGNAL, true },
-	{ "KDP_MEMSLOT_REMOVE", KDP_MEMSLOT_REMOVE, sizeof(struct kdp_memslot_remove), 0, false },
+	  KDP_MEMSLOT_PAGING | KDP_MEMSLOT_POISON_SIGNAL, true, false },
+	{ "KDP_MEMSLOT_REMOVE", KDP_MEMSLOT_REMOVE, sizeof(struct kdp_memslot_remove), 0, false, false },
 	{ "KDP_MEMSLOT_GET", KDP_MEMSLOT_GET, sizeof(struct kdp_memslot_get),
-	  KDP_GET_NEXT | KDP_GET_FD | KDP_GET_MEMFD, true },
-	{ "KDP_PAGING", KDP_PAGING, sizeof(struct kdp_paging), 0, false },
-	{ "KDP_MARK", KDP_MARK, sizeof(struct kdp_mark), 0, true },
-	{ "KDP_VCPU_EXITS", KDP_VCPU_EXITS, sizeof(struct kdp_vcpu_exits), 0, false },
-	{ "KDP_COLLAPSE", KDP_COLLAPSE, sizeof(struct kdp_collapse), 0, true },
-	{ "KDP_SOURCE", KDP_SOURCE, sizeof(struct kdp_source), KDP_SOURCE_ADD, false },
-	{ "KDP_POISON", KDP_POISON, sizeof(struct kdp_poison), KDP_POISON_HEAL, true },
-	{ "KDP_POISON_LIST", KDP_POISON_LIST, sizeof(struct kdp_poison_list), 0, true },
-	{ "KDP_REPLACE", KDP_REPLACE, sizeof(struct kdp_replace), 0, true },
-	{ "KDP_PLACE", KDP_PLACE, sizeof(struct kdp_place), 0, true },
+	  KDP_GET_NEXT | KDP_GET_FD | KDP_GET_MEMFD, true, false },
+	{ "KDP_PAGING", KDP_PAGING, sizeof(struct kdp_paging), 0, false, false },
+	{ "KDP_MARK", KDP_MARK, sizeof(struct kdp_mark), 0, true, false },
+	{ "KDP_VCPU_EXITS", KDP_VCPU_EXITS, sizeof(struct kdp_vcpu_exits), 0, false, false },
+	{ "KDP_COLLAPSE", KDP_COLLAPSE, sizeof(struct kdp_collapse), 0, true, false },
+	{ "KDP_SOURCE", KDP_SOURCE, sizeof(struct kdp_source), KDP_SOURCE_ADD, false, false },
+	{ "KDP_POISON", KDP_POISON, sizeof(struct kdp_poison), KDP_POISON_HEAL, true, false },
+	{ "KDP_POISON_LIST", KDP_POISON_LIST, sizeof(struct kdp_poison_list), 0, true, false },
+	{ "KDP_REPLACE", KDP_REPLACE, sizeof(struct kdp_replace), 0, true, false },
+	{ "KDP_PLACE", KDP_PLACE, sizeof(struct kdp_place), 0, true, false },
+	{ "KDP_CLAIMANT", KDP_CLAIMANT, sizeof(struct kdp_claimant), 0, true, false },
+	{ "KDP_CLAIM", KDP_CLAIM, sizeof(struct kdp_claim), 0, true, true },
+	{ "KDP_COMMIT", KDP_COMMIT, sizeof(struct kdp_claim), KDP_COMMIT_ABANDON, true, true },
 };
 
 #define for_each_call(c) \
 	for (const struct call *c = calls; c < calls + ARRAY_SIZE(calls); c++)
 
+#define fd_of(c) ((c)->claimants ? self->claimant : self->vm)
+
 FIXTURE(abi) {
 	int vm;
 	int memfd;
 	int huge_memfd;
+	int claimant;
 	__u32 next_id;
 	bool has_exits;
 	struct kdp_range range;
@@ -66,6 +76,16 @@ FIXTURE(abi) {
 	union arg *arg;		/* followed by a page that nobody can touch */
 	unsigned char *wall;	/* that page */
 };
+
+/* Of a memslot of its own, which no other call here changes. */
+static int claimant_open(struct __test_metadata *_metadata, int vm)
+{
+	struct kdp_claimant arg = KDP_ARG(kdp_claimant, .slot_id = CLAIMED_SLOT);
+
+	slot_new(_metadata, vm, CLAIMED_SLOT, PAGES, KDP_MEMSLOT_PAGING);
+	ASSERT_EQ(0, kdp_ioctl(vm, KDP_CLAIMANT, &arg));
+	return arg.fd;
+}
 
 FIXTURE_SETUP(abi)
 {
@@ -83,6 +103,7 @@ FIXTURE_SETUP(abi)
 	ASSERT_EQ(0, kdp_info(self->vm, &info));
 	self->has_exits = info.features & KDP_FEATURE_EXITS;
 	slot_new(_metadata, self->vm, SLOT, PAGES, KDP_MEMSLOT_PAGING);
+	self->claimant = claimant_open(_metadata, self->vm);
 	self->huge_memfd = memfd_sealed(MFD_HUGETLB | MFD_HUGE_2MB, 512, F_SEAL_SHRINK);
 	if (self->huge_memfd >= 0) {
 		struct kdp_memslot_create create = good_create(_metadata, HUGE_SLOT, 512);
@@ -165,6 +186,13 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 		a->place.count = 1;
 		a->place.data = (uintptr_t)self->data;
 		break;
+	case KDP_CLAIMANT:
+		a->claimant.slot_id = SLOT;
+		break;
+	case KDP_CLAIM:
+	case KDP_COMMIT:
+		a->claim.count = 1;
+		break;
 	}
 }
 
@@ -181,7 +209,7 @@ TEST_F(abi, size_exact)
 		if (skip_call(c))
 			continue;
 		good(_metadata, self, c, self->arg);
-		EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(ends(c), kdp_ioctl(fd_of(c), c->cmd, self->arg)) TH_LOG("%s", c->name);
 	}
 }
 
@@ -191,7 +219,7 @@ TEST_F(abi, size_below_is_einval)
 		for (__u32 size = 0; size < c->size; size++) {
 			good(_metadata, self, c, self->arg);
 			self->arg->size = size;
-			EXPECT_EQ(EINVAL, kdp_ioctl(self->vm, c->cmd, self->arg))
+			EXPECT_EQ(EINVAL, kdp_ioctl(fd_of(c), c->cmd, self->arg))
 				TH_LOG("%s, size %u", c->name, size);
 		}
 }
@@ -206,7 +234,7 @@ TEST_F(abi, size_above_with_zero_tail)
 				continue;
 			good(_metadata, self, c, self->arg);
 			self->arg->size = sizes[i];
-			EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg))
+			EXPECT_EQ(ends(c), kdp_ioctl(fd_of(c), c->cmd, self->arg))
 				TH_LOG("%s, size %u", c->name, sizes[i]);
 		}
 	}
@@ -221,7 +249,7 @@ TEST_F(abi, size_above_a_page_is_e2big)
 		for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
 			good(_metadata, self, c, self->arg);
 			self->arg->size = sizes[i];
-			EXPECT_EQ(E2BIG, kdp_ioctl(self->vm, c->cmd, self->arg))
+			EXPECT_EQ(E2BIG, kdp_ioctl(fd_of(c), c->cmd, self->arg))
 				TH_LOG("%s, size %u", c->name, sizes[i]);
 		}
 }
@@ -235,12 +263,12 @@ TEST_F(abi, size_above_with_nonzero_tail_is_e2big)
 			good(_metadata, self, c, self->arg);
 			self->arg->size = PAGE;
 			self->arg->bytes[c->size + at[i]] = 1;
-			EXPECT_EQ(E2BIG, kdp_ioctl(self->vm, c->cmd, self->arg))
+			EXPECT_EQ(E2BIG, kdp_ioctl(fd_of(c), c->cmd, self->arg))
 				TH_LOG("%s, nonzero byte %u after its end", c->name, at[i]);
 			/* Beyond the size nobody may look. */
 			self->arg->size = c->size + at[i];
 			if (!skip_call(c)) {
-				EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg))
+				EXPECT_EQ(ends(c), kdp_ioctl(fd_of(c), c->cmd, self->arg))
 					TH_LOG("%s, %u bytes too long", c->name, at[i]);
 			}
 		}
@@ -256,7 +284,7 @@ TEST_F(abi, size_above_into_unmapped_memory_is_efault)
 			good(_metadata, self, c, self->arg);
 			memmove(a, self->arg, c->size);
 			a->size = sizes[i];
-			EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, a))
+			EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, a))
 				TH_LOG("%s, size %u", c->name, a->size);
 		}
 	}
@@ -265,11 +293,11 @@ TEST_F(abi, size_above_into_unmapped_memory_is_efault)
 TEST_F(abi, arg_unmapped_is_efault)
 {
 	for_each_call(c) {
-		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, NULL)) TH_LOG("%s", c->name);
-		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, self->wall)) TH_LOG("%s", c->name);
-		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, (void *)0xffff888000000000UL))
+		EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, NULL)) TH_LOG("%s", c->name);
+		EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, self->wall)) TH_LOG("%s", c->name);
+		EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, (void *)0xffff888000000000UL))
 			TH_LOG("%s", c->name);
-		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, (void *)-4096L))
+		EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, (void *)-4096L))
 			TH_LOG("%s", c->name);
 		/* Its beginning is there, its end is not. */
 		for (__u32 there = 1; there < c->size; there++) {
@@ -277,7 +305,7 @@ TEST_F(abi, arg_unmapped_is_efault)
 
 			good(_metadata, self, c, self->arg);
 			memmove(a, self->arg, there);
-			EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, a))
+			EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, a))
 				TH_LOG("%s, %u bytes mapped", c->name, there);
 		}
 	}
@@ -298,7 +326,7 @@ TEST_F(abi, arg_readonly_is_efault_and_leaves_nothing)
 			self->arg->get.flags = KDP_GET_FD | KDP_GET_MEMFD;
 		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ));
 		fds = open_fds();
-		EXPECT_EQ(EFAULT, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(EFAULT, kdp_ioctl(fd_of(c), c->cmd, self->arg)) TH_LOG("%s", c->name);
 		EXPECT_EQ(fds, open_fds()) TH_LOG("%s left a descriptor", c->name);
 		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ | PROT_WRITE));
 	}
@@ -314,7 +342,7 @@ TEST_F(abi, arg_readonly_is_enough_without_outputs)
 			continue;
 		good(_metadata, self, c, self->arg);
 		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ));
-		EXPECT_EQ(ends(c), kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(ends(c), kdp_ioctl(fd_of(c), c->cmd, self->arg)) TH_LOG("%s", c->name);
 		ASSERT_EQ(0, mprotect(self->arg, sizeof(*self->arg), PROT_READ | PROT_WRITE));
 	}
 }
@@ -327,7 +355,7 @@ TEST_F(abi, flags_unknown_is_eopnotsupp)
 				continue;
 			good(_metadata, self, c, self->arg);
 			self->arg->flags |= 1U << bit;
-			EXPECT_EQ(EOPNOTSUPP, kdp_ioctl(self->vm, c->cmd, self->arg))
+			EXPECT_EQ(EOPNOTSUPP, kdp_ioctl(fd_of(c), c->cmd, self->arg))
 				TH_LOG("%s, flag bit %d", c->name, bit);
 		}
 }
@@ -358,7 +386,7 @@ TEST_F(abi, reserved_nonzero_is_eopnotsupp)
 		default:
 			continue;
 		}
-		EXPECT_EQ(EOPNOTSUPP, kdp_ioctl(self->vm, c->cmd, self->arg)) TH_LOG("%s", c->name);
+		EXPECT_EQ(EOPNOTSUPP, kdp_ioctl(fd_of(c), c->cmd, self->arg)) TH_LOG("%s", c->name);
 	}
 }
 
@@ -393,7 +421,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 TEST_F(abi, ioctl_unknown_is_enotty)
 {
 	for (unsigned int nr = 0; nr < 256; nr++) {
-		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_PLACE)) {
+		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_COMMIT)) {
 			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
 				TH_LOG("nr %#x", nr);
 		}
@@ -403,7 +431,7 @@ TEST_F(abi, ioctl_unknown_is_enotty)
 	}
 	for_each_call(c) {
 		good(_metadata, self, c, self->arg);
-		EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, c->cmd | _IOC(_IOC_WRITE, 0, 0, 8), self->arg))
+		EXPECT_EQ(ENOTTY, kdp_ioctl(fd_of(c), c->cmd | _IOC(_IOC_WRITE, 0, 0, 8), self->arg))
 			TH_LOG("%s with a direction and a size", c->name);
 	}
 }
@@ -464,7 +492,7 @@ TEST_F(abi, arg_in_absent_page)
 		memcpy(s.alias, self->arg, c->size);
 		child = fork();
 		if (!child)
-			_exit(kdp_ioctl(self->vm, c->cmd, s.guest));
+			_exit(kdp_ioctl(fd_of(c), c->cmd, s.guest));
 		ev = event_read(_metadata, self->vm);
 		EXPECT_EQ(50, ev.slot_id);
 		EXPECT_EQ(KDP_ACCESS_KERNEL, ev.access & (KDP_ACCESS_USER | KDP_ACCESS_KERNEL |

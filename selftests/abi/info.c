@@ -23,10 +23,10 @@ TEST_F(abi, info_values)
 	const __u64 known = KDP_FEATURE_EXITS | KDP_FEATURE_PATHS | KDP_FEATURE_HUGE |
 			    KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE | KDP_FEATURE_SOURCE |
 			    KDP_FEATURE_POISON | KDP_FEATURE_MEMORY_FAILURE |
-			    KDP_FEATURE_REPLACE | KDP_FEATURE_PLACE;
+			    KDP_FEATURE_REPLACE | KDP_FEATURE_PLACE | KDP_FEATURE_CLAIM;
 	const __u64 always = KDP_FEATURE_PATHS | KDP_FEATURE_ZERO | KDP_FEATURE_COLLAPSE |
 			     KDP_FEATURE_SOURCE | KDP_FEATURE_POISON | KDP_FEATURE_REPLACE |
-			     KDP_FEATURE_PLACE;
+			     KDP_FEATURE_PLACE | KDP_FEATURE_CLAIM;
 	struct kdp_info info = {
 		.size = sizeof(info), .api_version = ~0U, .page_shift = ~0U, .features = ~0ULL,
 		.bitmap_offset = ~0ULL, .max_pages = ~0ULL, .max_memslots = ~0U,

@@ -441,6 +441,38 @@ TEST_F(inject, source)
 	touch_sourced(_metadata, self, fd);
 }
 
+TEST_F(inject, claim)
+{
+	while (inject_next(_metadata, &self->in)) {
+		struct kdp_claimant own = KDP_ARG(kdp_claimant, .slot_id = 1);
+		struct kdp_claim claim = KDP_ARG(kdp_claim, .first = 20, .count = 8);
+		int fds = open_fds(), err;
+
+		ASSERT_EQ(0, kdp_paging(self->vm, 1, KDP_PAGING_ON));
+		inject_on(&self->in);
+		err = kdp_ioctl(self->vm, KDP_CLAIMANT, &own);
+		inject_off(&self->in);
+		EXPECT_TRUE(err == ENFILE || err == 0 || err == ENOMEM || err == EFAULT);
+		if (err) {
+			EXPECT_EQ(fds, open_fds());
+			ASSERT_EQ(0, kdp_ioctl(self->vm, KDP_CLAIMANT, &own));
+		} else if (!self->in.fired) {
+			inject_on(&self->in);
+			err = kdp_ioctl(own.fd, KDP_CLAIM, &claim);
+			if (!err)
+				err = kdp_ioctl(own.fd, KDP_COMMIT, &claim);
+			inject_off(&self->in);
+			EXPECT_CLEAN(err);
+		}
+		/* Whatever was left of the first claims is claimed, and committed, now. */
+		kdp_ioctl(own.fd, KDP_CLAIM, &claim);
+		EXPECT_EQ(0, kdp_ioctl(own.fd, KDP_COMMIT, &claim));
+		EXPECT_MARK(0, &self->s, KDP_STATE_PRESENT, 20, 8);
+		close(own.fd);
+		EXPECT_EQ(fds, open_fds());
+	}
+}
+
 /* Who is to wait, and cannot be made to: gets an error, never a page that nobody placed. */
 TEST_F(inject, wait)
 {

@@ -29,6 +29,7 @@ static const int *own_errs(unsigned long cmd)
 	static const int paging[] = { ENOENT, EINTR, 0 };
 	static const int source[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, 0 };
 	static const int replace[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, EPERM, EBUSY, 0 };
+	static const int claimant[] = { ENOENT, ENOSPC, EMFILE, ENFILE, 0 };
 	static const int none[] = { 0 };
 
 	switch (cmd) {
@@ -37,7 +38,12 @@ static const int *own_errs(unsigned long cmd)
 	case KDP_MEMSLOT_GET:
 		return get;
 	case KDP_MARK:
+	case KDP_PLACE:
+	case KDP_CLAIM:
+	case KDP_COMMIT:
 		return mark;
+	case KDP_CLAIMANT:
+		return claimant;
 	case KDP_PAGING:
 	case KDP_COLLAPSE:
 	case KDP_POISON:
@@ -215,6 +221,45 @@ static void chaos_poison(struct task *t, int vm, bool unsure)
 	call(t, vm, unsure, KDP_POISON, &a);
 }
 
+/* Fill pages by calls: as somebody who has their bytes, and as one who is the only one to write them. */
+static void chaos_fill(struct task *t, int vm, bool unsure)
+{
+	static const unsigned char data[8 * PAGE];
+	unsigned char results[128];
+	struct kdp_place place = KDP_ARG(kdp_place, .slot_id = chaos_id(t), .first = pick(&t->r, 128),
+					 .count = 1 + pick(&t->r, 8), .data = (uintptr_t)data,
+					 .results = chance(&t->r, 50) ? (uintptr_t)results : 0);
+	struct kdp_claimant own = KDP_ARG(kdp_claimant, .slot_id = chaos_id(t));
+
+	if (chance(&t->r, 50)) {
+		spoil(t, &place, sizeof(place), offsetof(struct kdp_place, slot_id));
+		/* Nobody reads from, or writes to, what is not ours. */
+		place.data = (uintptr_t)data;
+		if (place.count > 8)
+			place.data = 0;
+		if (place.results)
+			place.results = (uintptr_t)results;
+		call(t, vm, unsure, KDP_PLACE, &place);
+		return;
+	}
+	spoil(t, &own, sizeof(own), offsetof(struct kdp_claimant, slot_id));
+	if (call(t, vm, unsure, KDP_CLAIMANT, &own))
+		return;
+	/* What is left of its claims in the end goes with it. */
+	for (int i = 0; i < 6; i++) {
+		struct kdp_claim claim = KDP_ARG(kdp_claim, .first = pick(&t->r, 128),
+						 .count = 1 + pick(&t->r, 100));
+		bool commits = chance(&t->r, 50);
+
+		claim.flags = commits && chance(&t->r, 30) ? KDP_COMMIT_ABANDON : 0;
+		spoil(t, &claim, sizeof(claim), 0);
+		claim.results = claim.count <= sizeof(results) && chance(&t->r, 50) ?
+			(uintptr_t)results : 0;
+		call(t, own.fd, false, commits ? KDP_COMMIT : KDP_CLAIM, &claim);
+	}
+	close(own.fd);
+}
+
 static void chaos_simple(struct task *t, int vm, bool unsure)
 {
 	struct kdp_paging paging = KDP_ARG(kdp_paging, .slot_id = chaos_id(t), .mode = pick(&t->r, 3));
@@ -301,7 +346,7 @@ static void table_op(struct task *t)
 	if (!atomic_exchange(&table_ready, true))
 		for (int i = 0; i < 8; i++)
 			table[i] = -1;
-	switch (pick(&t->r, 8)) {
+	switch (pick(&t->r, 9)) {
 	case 0:
 		table_replace(t);
 		break;
@@ -320,6 +365,9 @@ static void table_op(struct task *t)
 	case 5:
 		chaos_poison(t, table_fd(t), true);
 		break;
+	case 6:
+		chaos_fill(t, table_fd(t), true);
+		break;
 	default:
 		chaos_simple(t, table_fd(t), true);
 	}
@@ -329,7 +377,7 @@ void chaos_op(struct task *t)
 {
 	int vm = t->sh->vm[pick(&t->r, NR_VMS)];
 
-	switch (pick(&t->r, 14)) {
+	switch (pick(&t->r, 15)) {
 	case 0:
 	case 1:
 		chaos_create(t, vm, false, true);
@@ -357,6 +405,9 @@ void chaos_op(struct task *t)
 		break;
 	case 11:
 		chaos_poison(t, vm, false);
+		break;
+	case 12:
+		chaos_fill(t, vm, false);
 		break;
 	default:
 		table_op(t);

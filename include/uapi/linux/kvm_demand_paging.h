@@ -34,6 +34,7 @@
 #define KDP_MAX_VCPU_THREADS	4096	/* threads of one VM with exits on */
 #define KDP_MAX_RANGES		16384	/* ranges of one KDP_MARK */
 #define KDP_MAX_PAGES		(1ULL << 36)	/* pages of one memslot: 256 TiB */
+#define KDP_MAX_CLAIMANTS	64	/* claimants of one memslot */
 
 /* The size of a name with its NUL. */
 #define KDP_NAME_LEN	32
@@ -70,7 +71,8 @@
  *  - EFAULT: the argument, or memory that it points at, cannot be accessed.
  *  - ENOMEM: out of memory.
  *  - ENOTTY: an ioctl that the module does not know, or one that is not for
- *    this file descriptor. Memslot fds take none.
+ *    this file descriptor. Memslot fds take none; a claimant's fd takes
+ *    KDP_CLAIM and KDP_COMMIT, a VM's all others.
  *  - ENOENT: the VM has no memslot of this slot_id.
  */
 
@@ -125,6 +127,8 @@ struct kdp_info {
 #define KDP_FEATURE_PLACE	(1ULL << 9)
 /* KDP_REPLACE. */
 #define KDP_FEATURE_REPLACE	(1ULL << 8)
+/* KDP_CLAIMANT, KDP_CLAIM, KDP_COMMIT. */
+#define KDP_FEATURE_CLAIM	(1ULL << 10)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -282,6 +286,7 @@ struct kdp_memslot_get {
  * Both start with a fresh bitmap, also when paging is on already.
  *
  * With OFF and ON_PRESENT, pages in the state zero are filled with zeros first.
+ * Claims (KDP_CLAIM) are void.
  *
  * Errors beside the common ones:
  *
@@ -324,6 +329,9 @@ struct kdp_range {
  *
  * Change the state of pages. All ranges are checked before anything changes.
  * They may overlap; they are done in their order.
+ *
+ * A page that is claimed (KDP_CLAIM) is left alone by PRESENT and ZERO, and is not
+ * counted; who waits for it goes on waiting. ABSENT makes the claim void.
  *
  * PRESENT: the pages' bytes are in the memfd. Everything written to them
  * before the call is seen by whoever touches them after it. Who waits for them
@@ -696,13 +704,14 @@ struct kdp_replace {
  * Give absent pages their bytes and make them present, once: a page that is absent, or
  * zero and not yet touched, is filled, becomes present, and lets go who waits for
  * it, as by KDP_MARK. A page that is present is left alone, and so is one that is
- * poisoned; neither is an error. Of several that place one page at the same time, by
- * this call, one does.
+ * poisoned, or claimed (KDP_CLAIM); none of these is an error. Of several that place
+ * one page at the same time, by this call, one does.
  *
  * No mapping of the memfd is needed, so this is also how pages are filled in a huge
  * page that has a memory error, which the kernel lets nobody map.
  *
- * Do not fill the same pages through a mapping of the memfd at the same time.
+ * Do not fill the same pages through a mapping of the memfd at the same time: claim
+ * them for that (KDP_CLAIM).
  *
  * @done and @placed are written also when the call fails half-way.
  *
@@ -733,6 +742,99 @@ struct kdp_place {
 #define KDP_PLACED_NOW		0	/* it has its bytes by this call */
 #define KDP_PLACED_PRESENT	1	/* it was present */
 #define KDP_PLACED_LOST		2	/* it is poisoned */
+#define KDP_PLACED_CLAIMED	3	/* somebody has claimed it, and is filling it */
+
+/**
+ * struct kdp_claimant - ioctl(KDP_CLAIMANT)
+ * @size: sizeof(struct kdp_claimant)
+ * @flags: must be 0
+ * @slot_id: the memslot
+ * @fd: out: the claimant's fd, opened with O_CLOEXEC
+ *
+ * Make a claimant of a memslot: who fills pages not by KDP_PLACE, but through a
+ * mapping of the memfd or by a device (RDMA), and is to be the only one who does. Its
+ * fd takes KDP_CLAIM and KDP_COMMIT, and may be passed on: it is good for nothing
+ * else. When the last descriptor of it is closed, as by its process's end, all that
+ * it has claimed and not committed is given up.
+ *
+ * Errors beside the common ones:
+ *
+ *  - ENOSPC: the memslot has 64 claimants.
+ *  - EMFILE: no file descriptor is left. ENFILE: the system has no open file left.
+ */
+struct kdp_claimant {
+	__u32 size;
+	__u32 flags;
+	__u32 slot_id;
+	__s32 fd;
+};
+#define KDP_CLAIMANT	_IO(KDP_IOC_TYPE, 0x8d)
+
+/**
+ * struct kdp_claim - ioctl(KDP_CLAIM) and ioctl(KDP_COMMIT), on a claimant's fd
+ * @size: sizeof(struct kdp_claim)
+ * @flags: KDP_CLAIM: must be 0; KDP_COMMIT: KDP_COMMIT_* flags
+ * @first: the index of the first page
+ * @count: how many, not 0
+ * @results: address of a byte for each page, which is set to KDP_CLAIM_*; or 0
+ * @done: out: pages that were dealt with, in their order
+ * @changed: out: those of them of which the result is KDP_CLAIM_DONE
+ *
+ * KDP_CLAIM: claim pages that are not present: absent, zero, or still in their source.
+ * From then on such a page is absent to whoever touches it: it is neither filled with
+ * zeros nor read from its source; the toucher exits, or waits and there is an event,
+ * as ever. KDP_PLACE and KDP_MARK leave it alone, but for KDP_STATE_ABSENT. A page
+ * that is present, poisoned, or claimed already, by whomever, is not claimed. The
+ * claimant writes the page's bytes where they are in the memfd.
+ *
+ * KDP_COMMIT: make claimed pages present, with all that was written to them before the
+ * call. Who waits for them goes on. With KDP_COMMIT_ABANDON: give the claims up. The
+ * page is what it was before, zero or in its source or absent, and who waits for it
+ * goes on to that; if it is absent there is a new event, though an earlier one may
+ * have been read. Either way the claims on the pages are over.
+ *
+ * A claim is void when its page is made absent, or poisoned (KDP_POISON, a memory
+ * error), when its huge page is replaced (KDP_REPLACE), when demand paging is switched,
+ * in any way, and when the memslot is removed. The claimant is told when it commits.
+ * It goes on to write meanwhile, since the module cannot stop it: have it stop before
+ * you do one of these, if others are to fill the page after that.
+ *
+ * A present bit that userspace has set by hand counts for more than a claim: who sets
+ * that of a claimed page shows its guest a page half filled.
+ *
+ * @done and @changed are written also when the call fails half-way.
+ *
+ * Errors beside the common ones:
+ *
+ *  - ENOENT: KDP_CLAIM: the memslot was removed.
+ *  - EINVAL: the range is empty, overflows or runs past the memslot's end.
+ *  - ENXIO: KDP_CLAIM: demand paging of the memslot is off.
+ *  - EFAULT: @results cannot be written; @done pages are done.
+ *  - EINTR: a fatal signal arrived; @done pages are done.
+ *  - ENOMEM: @done pages are done.
+ */
+struct kdp_claim {
+	__u32 size;
+	__u32 flags;
+	__u64 first;
+	__u64 count;
+	__aligned_u64 results;
+	__u64 done;
+	__u64 changed;
+};
+#define KDP_CLAIM	_IO(KDP_IOC_TYPE, 0x8e)
+#define KDP_COMMIT	_IO(KDP_IOC_TYPE, 0x8f)
+
+/* Give the claims up instead. */
+#define KDP_COMMIT_ABANDON	(1U << 0)
+
+#define KDP_CLAIM_DONE		0	/* it is claimed, committed or given up by this call */
+#define KDP_CLAIM_PRESENT	1	/* it is present; KDP_COMMIT: its bit was set by hand */
+#define KDP_CLAIM_LOST		2	/* it is poisoned */
+#define KDP_CLAIM_TAKEN		3	/* KDP_CLAIM: somebody has claimed it already */
+#define KDP_CLAIM_VOID		4	/* KDP_COMMIT: the caller has no claim on it, or no
+					 * longer: what it has written there does not count
+					 */
 
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and

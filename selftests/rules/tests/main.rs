@@ -10,9 +10,11 @@ mod ranges;
 
 mod around;
 mod bits;
+mod claim;
 mod collapse;
 mod fill;
 mod loom_bits;
+mod loom_claim;
 mod loom_pages;
 mod loom_shards;
 mod loom_wait;

@@ -9,6 +9,7 @@
 //!   [`PresentBitmap`].
 //! - [`Memfd`]: the memory itself. Whoever fetches pages maps it directly ([`AliasMap`]): filling a page
 //!   there never faults on the device and never shows in the guest before the page is made present.
+//! - [`Claimant`]: who fills pages there and is to be the only one who does.
 //!
 //! On these build [`source`] (pages over TCP, a Unix socket or from a file), [`handler`] (serves the
 //! faults of a VM from a source) and [`keeper`] (keeps a VM's fd over the death of its handler).
@@ -45,6 +46,7 @@
 
 mod bitmap;
 mod bits;
+mod claim;
 mod error;
 mod event;
 mod exit;
@@ -77,6 +79,7 @@ pub mod abi {
 }
 
 pub use bitmap::PresentBitmap;
+pub use claim::{Claimant, Claimed};
 pub use error::Error;
 pub use event::{Access, Event, EventKind, Events, Who};
 pub use exit::{FaultExit, Reason};

@@ -14,6 +14,9 @@ pub enum Placed {
     Present,
     /// It is poisoned: it was left alone.
     Lost,
+    /// A [`Claimant`](crate::Claimant) is filling it: it was left alone. Should that give it up, there is an event for who
+    /// waits for it.
+    Claimed,
 }
 
 impl Placed {
@@ -21,6 +24,7 @@ impl Placed {
         match u32::from(raw) {
             abi::KDP_PLACED_NOW => Self::Now,
             abi::KDP_PLACED_LOST => Self::Lost,
+            abi::KDP_PLACED_CLAIMED => Self::Claimed,
             _ => Self::Present,
         }
     }
@@ -28,8 +32,8 @@ impl Placed {
 
 impl Vm {
     /// Give the pages from `first` on their bytes, a number of whole pages, where they are absent, and make them present.
-    /// Who waits for them goes on. A page that is present, or poisoned, is left alone: what became of each page is
-    /// returned.
+    /// Who waits for them goes on. A page that is present, poisoned or claimed is left alone: what became of each
+    /// page is returned.
     ///
     /// It needs no mapping of the memfd, and works in a huge page that has a memory error, which cannot be mapped.
     ///

@@ -2,7 +2,7 @@
 
 use crate::{abi, PageRange, PAGE_SIZE};
 use rustix::{
-    fd::{AsFd, FromRawFd, OwnedFd},
+    fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
     io::Errno,
     ioctl::{ioctl, Ioctl, IoctlOutput, Opcode, Updater},
 };
@@ -51,6 +51,7 @@ commands! {
     KDP_SOURCE kdp_source
     KDP_POISON kdp_poison
     KDP_REPLACE kdp_replace
+    KDP_CLAIMANT kdp_claimant
 }
 
 struct Call<'a, T>(&'a mut T);
@@ -130,6 +131,48 @@ pub(crate) fn place(
         let call = Updater::<{ abi::KDP_PLACE as Opcode }, _>::new(&mut argument);
         ioctl(fd, call)
     };
+    done.map_err(|errno| (errno, argument.done))
+}
+
+/// Run KDP_CLAIM on a claimant's fd, with a place for the result of each page. On failure also says how many were dealt
+/// with.
+pub(crate) fn claim(
+    fd: BorrowedFd<'_>,
+    flags: u32,
+    range: PageRange,
+    results: &mut [u8],
+) -> Result<(), (Errno, u64)> {
+    claim_call::<{ abi::KDP_CLAIM as Opcode }>(fd, flags, range, results)
+}
+
+/// The same for KDP_COMMIT.
+pub(crate) fn commit(
+    fd: BorrowedFd<'_>,
+    flags: u32,
+    range: PageRange,
+    results: &mut [u8],
+) -> Result<(), (Errno, u64)> {
+    claim_call::<{ abi::KDP_COMMIT as Opcode }>(fd, flags, range, results)
+}
+
+fn claim_call<const OPCODE: Opcode>(
+    fd: BorrowedFd<'_>,
+    flags: u32,
+    range: PageRange,
+    results: &mut [u8],
+) -> Result<(), (Errno, u64)> {
+    const { assert!(OPCODE == abi::KDP_CLAIM as Opcode || OPCODE == abi::KDP_COMMIT as Opcode) };
+    let mut argument = abi::kdp_claim {
+        size: mem::size_of::<abi::kdp_claim>() as u32,
+        flags,
+        first: range.first,
+        count: results.len() as u64,
+        results: results.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: both ioctls read and write the argument, and write `count` bytes of `results`; on a file descriptor of another
+    // kind they fail with ENOTTY.
+    let done = unsafe { ioctl(fd, Updater::<OPCODE, _>::new(&mut argument)) };
     done.map_err(|errno| (errno, argument.done))
 }
 

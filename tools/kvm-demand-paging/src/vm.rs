@@ -54,6 +54,11 @@ impl Features {
         self.0 & u64::from(abi::KDP_FEATURE_PLACE) != 0
     }
 
+    /// [`Vm::claimant`] works.
+    pub fn claim(self) -> bool {
+        self.0 & u64::from(abi::KDP_FEATURE_CLAIM) != 0
+    }
+
     /// [`Vm::replace`] works.
     pub fn replace(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_REPLACE) != 0

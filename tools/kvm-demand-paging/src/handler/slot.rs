@@ -182,7 +182,8 @@ impl Slot {
                 self.lost().clear(page);
                 Placed::Present
             }
-            place::Placed::Present => Placed::TooLate,
+            // Who has claimed it makes it present, or there is another event.
+            place::Placed::Present | place::Placed::Claimed => Placed::TooLate,
             place::Placed::Lost => {
                 self.lost().set(page);
                 Placed::Lost
