@@ -18,6 +18,7 @@ mod consistency;
 mod fault;
 mod fault_kvm;
 mod fault_vhost;
+mod hint;
 mod huge;
 mod lifetime;
 mod lifetime_shared;
@@ -30,6 +31,7 @@ mod pin_fork;
 mod pin_move;
 mod pin_offline;
 mod place;
+mod place_race;
 mod poison;
 mod prefetch;
 mod replace;
@@ -61,6 +63,8 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         pin_fork::TESTS,
         pin_move::TESTS,
         pin_offline::TESTS,
+        place_race::TESTS,
+        hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.
         replace::TESTS,

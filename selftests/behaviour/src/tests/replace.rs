@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use kdp_vmm::frame_of;
 use kvm_demand_paging::{
-    Backing, Cause, GuestMap, Memfd, PageRange, Paging, Poisoned, Replaced, Vm,
+    Backing, Cause, Claimed, GuestMap, Memfd, PageRange, Paging, Poisoned, Replaced, Vm,
 };
 
 use super::memory_error::{alias_of, Errors};
@@ -26,10 +26,44 @@ tests! {
     "poison-replace-in-every-memslot" => in_every_memslot,
     "poison-replace-brings-absent-pages-back" => brings_absent_pages_back,
     "poison-replace-meets-another-error" => meets_another_error,
+    "poison-replace-makes-claims-void" => makes_claims_void,
     "poison-replace-in-a-memslot-of-a-closed-vm" => in_a_memslot_of_a_closed_vm,
     "poison-replace-refused-while-others-pin-it" => refused_while_others_pin_it,
     "poison-replace-refused-changes-nothing" => refused_changes_nothing,
     "poison-replace-by-the-command" => by_the_command,
+}
+
+/// Who has claimed pages of the huge page writes to where they were: the claims are void, and the pages come anew.
+fn makes_claims_void() -> Result {
+    let errors = Errors::new()?;
+    let slot = Slot::new(Backing::Huge2M, 2 * BLOCK)?;
+    slot.place(9, 1)?;
+    slot.check(9, 1)?;
+    let claimant = slot.vm.claimant(ID)?;
+    let range = PageRange::new(0, 2 * BLOCK);
+    let claimed = claimant.claim(range)?;
+    ensure_eq!(claimed[9], Claimed::Present, "a page that is present");
+    let frame = frame_of(alias_of(&slot.alias, 9))?;
+    errors.inject(Backing::Huge2M, frame)?;
+    slot.event()?;
+    ensure_eq!(slot.vm.replace(ID, 0)?.lost, 1, "pages lost");
+    for (page, ended) in range.iter().zip(claimant.commit(range)?) {
+        let expected = match page {
+            9 => Claimed::Lost,
+            0..BLOCK => Claimed::Void,
+            _ => Claimed::Done,
+        };
+        ensure_eq!(ended, expected, "the end of the claim on page {page}");
+    }
+    ensure_eq!(
+        claimant.claim(PageRange::page(3))?,
+        [Claimed::Done],
+        "a claim after that"
+    );
+    slot.alias.refresh(PageRange::new(0, BLOCK))?;
+    slot.fill(3, 2)?;
+    claimant.commit(PageRange::page(3))?;
+    slot.check(3, 2)
 }
 
 fn emulated(page: u64) -> Poisoned {
