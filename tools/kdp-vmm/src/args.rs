@@ -53,6 +53,13 @@ pub enum Command {
         page: u64,
     },
 
+    /// Run Linux, and print what its console says
+    ///
+    /// The guest has a serial console and a virtio balloon, and lives in its initramfs: there is no disk. Its memory is a
+    /// memslot of the device; pages that it reports as free are given back. The exit status is 0 if the guest resets its
+    /// machine (reboot, or a panic), 1 if it ends in another way, 2 if it could not be run, or did not end in time.
+    Linux(LinuxArgs),
+
     /// Write the man pages
     #[command(hide = true)]
     Man {
@@ -119,6 +126,37 @@ pub struct RunArgs {
     /// Print JSON, not a table
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct LinuxArgs {
+    /// The kernel: a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+
+    /// Its initramfs
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+
+    /// Guest memory in bytes; K, M and G may follow
+    #[arg(long, value_parser = parse_size, default_value = "256M", value_name = "SIZE")]
+    pub memory: u64,
+
+    /// What guest memory is made of
+    #[arg(long, value_enum, default_value_t = BackingArg::Shmem)]
+    pub backing: BackingArg,
+
+    /// vCPUs
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub vcpus: u8,
+
+    /// What comes behind the kernel command line that the machine itself needs
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    pub append: String,
+
+    /// Seconds that the guest may take; without this, any number
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
 }
 
 impl RunArgs {

@@ -52,6 +52,7 @@
 
 mod error;
 mod guest;
+pub mod linux;
 mod machine;
 mod machine_check;
 mod memory;

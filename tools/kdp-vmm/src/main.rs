@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
+use kdp_vmm::linux::{End, Kernel, Machine, Ram, Setup};
 use kdp_vmm::{
     fill_page, session, Backing, Error, Image, Mode, Remote, Source, MIN_GPA, PAGE_SIZE,
 };
 
-use crate::args::{Args, Command, RunArgs};
+use crate::args::{Args, Command, LinuxArgs, RunArgs};
 
 /// How long a page of a source may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
             backing,
             page,
         } => run_clock(mode, backing.into(), page),
+        Command::Linux(linux) => run_linux(linux),
         Command::Man { dir } => write_man_pages(&dir),
     };
     match result {
@@ -72,6 +74,32 @@ fn run_clock(mode: Mode, backing: Backing, page: u64) -> Result<ExitCode, Error>
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn run_linux(args: LinuxArgs) -> Result<ExitCode, Error> {
+    let ram = Arc::new(Ram::create(args.backing.into(), args.memory)?);
+    let kernel = Kernel {
+        image: args.kernel,
+        initrd: args.initrd,
+        append: args.append,
+    };
+    let setup = Setup {
+        console: Box::new(io::stdout()),
+        requester: None,
+    };
+    let mut machine = Machine::boot(ram, args.vcpus, &kernel, setup)?;
+    machine.start()?;
+    match machine.wait(args.timeout.map(Duration::from_secs))? {
+        Some(End::Reset) => Ok(ExitCode::SUCCESS),
+        Some(end) => {
+            eprintln!("{end}");
+            Ok(ExitCode::FAILURE)
+        }
+        None => Err(Error::TimedOut {
+            seconds: args.timeout.unwrap_or_default(),
+            waiting: "it still runs".to_owned(),
+        }),
+    }
 }
 
 fn write_image(path: &Path, bytes: u64, seed: u64) -> Result<ExitCode, Error> {

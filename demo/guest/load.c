@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * A load that checks itself: PID 1 of a Linux whose memory is moved, given back and fetched while it runs.
+ *
+ * Each page that it writes holds its own number, the sequence number of the write, words made of both, and a sum over all.
+ * It writes pages in an order that looks random, looks at each before it is written anew, and at all of them now and then:
+ * a page that is lost, old, doubled or in another's place is found. A line a round on the console:
+ *
+ *   KDP-LOAD round N wrote W checked C churned H ns T
+ *
+ * and KDP-LOAD BAD with what was wrong, after which it goes on. T is the guest's clock, which must not jump.
+ *
+ * The kernel's command line may set
+ *
+ *   kdp_mib      the size of the pages in MiB (16)
+ *   kdp_writes   pages written in a round (512)
+ *   kdp_churn    MiB that a second process allocates, fills, checks and frees all the time (0: none), in parts, so that
+ *                free memory is told of and used again
+ *   kdp_spike    MiB that are allocated, written and freed once, before the first round (0: none)
+ *   kdp_rounds   rounds until it checks everything, says "KDP-LOAD done" and resets the machine (0: for ever)
+ *   kdp_pause    milliseconds between rounds (20)
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE	4096UL
+#define WORDS	(PAGE / sizeof(uint64_t))
+#define MIB	(1UL << 20)
+
+/* The first words of a page. */
+enum { NUMBER, SEQUENCE, SUM, FIRST };
+
+struct area {
+	const char *name;
+	uint64_t *words;
+	uint64_t *sequences;
+	unsigned long pages;
+	uint64_t writes;
+	uint64_t checks;
+	uint64_t random;
+};
+
+static void reset(void)
+{
+	fflush(stdout);
+	/* The console must get the line out before the machine ends. */
+	sleep(1);
+	reboot(RB_AUTOBOOT);
+	_exit(1);
+}
+
+static void die(const char *what)
+{
+	printf("KDP-FAILED %s: %s\n", what, strerror(errno));
+	reset();
+}
+
+/* splitmix64 */
+static uint64_t mix(uint64_t z)
+{
+	z += 0x9e3779b97f4a7c15ULL;
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+	return z ^ (z >> 31);
+}
+
+static uint64_t next(struct area *area)
+{
+	area->random = mix(area->random);
+	return area->random;
+}
+
+static uint64_t sum_of(const uint64_t *page)
+{
+	uint64_t sum = 0xcbf29ce484222325ULL;
+
+	for (unsigned long i = 0; i < WORDS; i++)
+		if (i != SUM)
+			sum = (sum ^ page[i]) * 0x100000001b3ULL;
+	return sum;
+}
+
+static void *map(unsigned long bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (at == MAP_FAILED)
+		die("mmap");
+	return at;
+}
+
+static void write_page(struct area *area, unsigned long n)
+{
+	uint64_t *page = area->words + n * WORDS;
+	uint64_t sequence = ++area->sequences[n];
+
+	page[NUMBER] = n;
+	page[SEQUENCE] = sequence;
+	for (unsigned long i = FIRST; i < WORDS; i++)
+		page[i] = mix(n << 32 ^ sequence << 10 ^ i);
+	page[SUM] = sum_of(page);
+	area->writes++;
+}
+
+/* Whether a page is what was written to it last; one that never was is zeros. */
+static int check_page(struct area *area, unsigned long n)
+{
+	const uint64_t *page = area->words + n * WORDS;
+
+	area->checks++;
+	if (area->sequences[n] == 0) {
+		for (unsigned long i = 0; i < WORDS; i++)
+			if (page[i]) {
+				printf("KDP-LOAD BAD %s page %lu was never written, word %lu is %#llx\n", area->name, n, i,
+				       (unsigned long long)page[i]);
+				return 1;
+			}
+		return 0;
+	}
+	if (page[NUMBER] == n && page[SEQUENCE] == area->sequences[n] && page[SUM] == sum_of(page))
+		return 0;
+	printf("KDP-LOAD BAD %s page %lu sequence %llu: it says page %llu sequence %llu, the sum is %s\n", area->name, n,
+	       (unsigned long long)area->sequences[n], (unsigned long long)page[NUMBER],
+	       (unsigned long long)page[SEQUENCE], page[SUM] == sum_of(page) ? "right" : "wrong");
+	return 1;
+}
+
+static int check_all(struct area *area)
+{
+	int bad = 0;
+
+	for (unsigned long n = 0; n < area->pages; n++)
+		bad |= check_page(area, n);
+	return bad;
+}
+
+static void open_area(struct area *area, const char *name, unsigned long pages)
+{
+	*area = (struct area){ .name = name, .pages = pages, .random = pages };
+	area->words = map(pages * PAGE);
+	area->sequences = map(pages * sizeof(uint64_t));
+}
+
+static void close_area(struct area *area)
+{
+	munmap(area->words, area->pages * PAGE);
+	munmap(area->sequences, area->pages * sizeof(uint64_t));
+}
+
+/* Takes memory, fills and checks it, and gives it back, part by part, for ever; how many pages so far is in @churned. */
+static void churn(unsigned long mib, volatile uint64_t *churned)
+{
+	struct area area;
+	uint64_t random = 1;
+
+	for (;;) {
+		random = mix(random);
+		open_area(&area, "churned", (random % mib + 1) * MIB / PAGE);
+		for (unsigned long n = 0; n < area.pages; n++)
+			write_page(&area, n);
+		check_all(&area);
+		*churned += area.pages;
+		close_area(&area);
+	}
+}
+
+static void spike(unsigned long mib)
+{
+	struct area area;
+
+	if (!mib)
+		return;
+	open_area(&area, "spike", mib * MIB / PAGE);
+	for (unsigned long n = 0; n < area.pages; n++)
+		write_page(&area, n);
+	check_all(&area);
+	close_area(&area);
+	printf("KDP-LOAD spike of %lu MiB is over\n", mib);
+}
+
+static unsigned long wanted(const char *name, unsigned long otherwise)
+{
+	const char *text = getenv(name);
+
+	return text ? strtoul(text, NULL, 10) : otherwise;
+}
+
+static uint64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000ULL + t.tv_nsec;
+}
+
+int main(void)
+{
+	unsigned long writes, rounds, churned_mib;
+	volatile uint64_t *churned;
+	struct timespec pause;
+	struct area area;
+	int console;
+
+	mkdir("/dev", 0755);
+	if (mount("devtmpfs", "/dev", "devtmpfs", 0, NULL) && errno != EBUSY)
+		return 1;
+	console = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
+	if (console < 0)
+		return 1;
+	dup2(console, 0);
+	dup2(console, 1);
+	dup2(console, 2);
+	/* One write per line: the two processes' lines must not mix. */
+	setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+	printf("KDP-USERSPACE\n");
+
+	writes = wanted("kdp_writes", 512);
+	rounds = wanted("kdp_rounds", 0);
+	churned_mib = wanted("kdp_churn", 0);
+	pause = (struct timespec){ .tv_nsec = wanted("kdp_pause", 20) % 1000 * 1000000L };
+	spike(wanted("kdp_spike", 0));
+	churned = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (churned == MAP_FAILED)
+		die("mmap");
+	if (churned_mib) {
+		switch (fork()) {
+		case -1:
+			die("fork");
+			break;
+		case 0:
+			churn(churned_mib, churned);
+		}
+	}
+
+	open_area(&area, "own", wanted("kdp_mib", 16) * MIB / PAGE);
+	if (!area.pages) {
+		errno = EINVAL;
+		die("kdp_mib");
+	}
+	for (unsigned long round = 1; !rounds || round <= rounds; round++) {
+		for (unsigned long i = 0; i < writes; i++) {
+			unsigned long n = next(&area) % area.pages;
+
+			check_page(&area, n);
+			write_page(&area, n);
+		}
+		if (round % 16 == 0)
+			check_all(&area);
+		printf("KDP-LOAD round %lu wrote %llu checked %llu churned %llu ns %llu\n", round,
+		       (unsigned long long)area.writes, (unsigned long long)area.checks,
+		       (unsigned long long)*churned, (unsigned long long)now());
+		nanosleep(&pause, NULL);
+	}
+	if (!check_all(&area))
+		printf("KDP-LOAD done, all of %lu pages are right\n", area.pages);
+	reset();
+}

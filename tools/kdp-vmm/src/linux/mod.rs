@@ -1,0 +1,67 @@
+//! A machine that runs Linux in the memory of a memslot.
+//!
+//! It has what a kernel needs and no more: vCPUs, KVM's interrupt controllers and timer, a serial port for its console, and
+//! a virtio balloon. There is no firmware, no PCI and no disk: the guest lives in its initramfs.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use kdp_vmm::linux::{Kernel, Machine, Ram, Setup};
+//! use kdp_vmm::Backing;
+//!
+//! # fn main() -> Result<(), kdp_vmm::Error> {
+//! let ram = Arc::new(Ram::create(Backing::Shmem, 128 << 20)?);
+//! let kernel = Kernel {
+//!     image: "bzImage".into(),
+//!     initrd: Some("initrd".into()),
+//!     append: String::new(),
+//! };
+//! let setup = Setup { console: Box::new(std::io::stdout()), requester: None };
+//! let mut machine = Machine::boot(ram, 1, &kernel, setup)?;
+//! machine.start()?;
+//! println!("{:?}", machine.wait(None)?);
+//! # Ok(())
+//! # }
+//! ```
+
+mod boot;
+mod cpuid;
+mod devices;
+mod events;
+mod gate;
+mod layout;
+mod machine;
+mod mp_table;
+mod ram;
+mod vcpu;
+
+pub use boot::Kernel;
+pub use devices::{Balloon, Console, HintSink, Statistics};
+pub use machine::{Machine, Setup};
+pub use ram::{Ram, MAX_MEMORY, MIN_MEMORY};
+
+/// Who fetches the pages of a guest whose memory is elsewhere.
+pub trait PageRequester: Send + Sync {
+    /// Returns when the page is there, whoever has brought it, or says why it never will be: then the guest is stopped.
+    ///
+    /// It is called by several threads at once, for one page, too.
+    fn fetch(&self, page: u64) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// How a guest ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum End {
+    /// It has reset its machine: by reboot(2), or after a panic.
+    Reset,
+    /// A triple fault: also a way to reset a machine, but not this one's.
+    TripleFault,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Reset => "the guest has reset its machine",
+            Self::TripleFault => "the guest took a triple fault",
+        })
+    }
+}
