@@ -23,6 +23,7 @@ mod huge;
 mod lifetime;
 mod lifetime_shared;
 mod limit;
+mod linux;
 mod memory_error;
 mod notify;
 mod notify_killed;
@@ -78,6 +79,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         source::TESTS,
         source_near::TESTS,
         limit::TESTS,
+        linux::TESTS,
     ]
     .into_iter()
     .flatten()

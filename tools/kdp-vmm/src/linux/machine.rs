@@ -17,12 +17,13 @@ use super::gate::Gate;
 use super::layout::TSS;
 use super::mp_table::MAX_CPUS;
 use super::ram::Ram;
+use super::state::{State, VcpuState, VmState};
 use super::vcpu::{Shared, Vcpu};
 use super::{End, PageRequester};
 use crate::error::{kvm, Error, Result};
 
 /// KVM's number of the one memslot.
-const KVM_SLOT: u32 = 0;
+pub(super) const KVM_SLOT: u32 = 0;
 
 /// What a machine needs beside its memory.
 pub struct Setup {
@@ -43,9 +44,13 @@ pub struct Machine {
     devices: Arc<Devices>,
     /// What the guest's clock shows while it is stopped.
     clock: kvm_clock_data,
+    pub(super) logs_dirty_pages: bool,
+    stopped: bool,
+    /// MSRs that a vCPU's state is made of.
+    msrs: Vec<u32>,
     // Before the memory that KVM has.
-    vm: Arc<VmFd>,
-    ram: Arc<Ram>,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) ram: Arc<Ram>,
 }
 
 /// A KVM VM without vCPUs.
@@ -90,7 +95,7 @@ impl Bare {
     }
 }
 
-fn set_memory(vm: &VmFd, ram: &Ram, flags: u32) -> Result<()> {
+pub(super) fn set_memory(vm: &VmFd, ram: &Ram, flags: u32) -> Result<()> {
     let region = kvm_userspace_memory_region {
         slot: KVM_SLOT,
         flags,
@@ -120,42 +125,110 @@ impl Machine {
         if let Some(first) = fds.first() {
             boot::enter(first, entry)?;
         }
-        let devices = Devices::new(&bare.vm, ram.clone(), setup.console)?;
+        let devices = Devices::new(&bare.vm, ram.clone(), setup.console, None)?;
         let clock = kvm_clock_data::default();
-        Self::assemble(ram, bare.vm, fds, devices, clock, setup.requester)
+        let mut machine = Self::assemble(ram, &bare, devices, clock)?;
+        machine.serve_events(setup.requester.as_ref())?;
+        machine.add_vcpus(fds, setup.requester)?;
+        Ok(machine)
     }
 
+    /// A machine that goes on from a saved state, with memory that is what it was then, or still to come.
+    ///
+    /// KVM looks at guest memory here, as it does for a guest's clock: absent pages are asked for already.
+    pub fn restore(ram: Arc<Ram>, state: &[u8], setup: Setup) -> Result<Self> {
+        let state = State::decode(state)?;
+        if state.memory != ram.bytes() {
+            return Err(Error::invalid(format!(
+                "the state is of a machine with {} bytes of memory, and there are {}",
+                state.memory,
+                ram.bytes()
+            )));
+        }
+        let bare = Bare::new(&ram)?;
+        let devices = Devices::new(&bare.vm, ram.clone(), setup.console, Some(&state.devices))?;
+        let mut machine = Self::assemble(ram, &bare, devices, state.vm.clock)?;
+        machine.serve_events(setup.requester.as_ref())?;
+        let mut fds = Vec::new();
+        for (number, vcpu) in (0..).zip(&state.vcpus) {
+            fds.push(bare.vcpu(number, &cpuid::from_entries(&vcpu.cpuid)?)?);
+        }
+        state.vm.restore(&machine.vm)?;
+        for (fd, vcpu) in fds.iter().zip(&state.vcpus) {
+            vcpu.restore(fd)?;
+        }
+        machine.add_vcpus(fds, setup.requester)?;
+        Ok(machine)
+    }
+
+    /// The state of the machine, which must be stopped, but for its memory.
+    pub fn save(&self) -> Result<Vec<u8>> {
+        if !self.stopped {
+            return Err(Error::invalid(
+                "a machine that runs cannot be saved: stop it",
+            ));
+        }
+        let vcpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.with(|fd| VcpuState::save(fd, &self.msrs)));
+        let state = State {
+            memory: self.ram.bytes(),
+            vcpus: vcpus.collect::<Result<_>>()?,
+            devices: self.devices.save(),
+            vm: VmState::save(&self.vm, self.clock)?,
+        };
+        state.encode()
+    }
+
+    /// All but vCPUs, and what asks for pages.
     fn assemble(
         ram: Arc<Ram>,
-        vm: Arc<VmFd>,
-        fds: Vec<VcpuFd>,
+        bare: &Bare,
         devices: Devices,
         clock: kvm_clock_data,
-        requester: Option<Arc<dyn PageRequester>>,
     ) -> Result<Self> {
-        let mut machine = Self {
+        let msrs = bare
+            .host
+            .get_msr_index_list()
+            .map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(Self {
             vcpus: Vec::new(),
             gate: Arc::new(Gate::new()),
             events: None,
             devices: Arc::new(devices),
             clock,
-            vm,
+            logs_dirty_pages: false,
+            stopped: true,
+            msrs: msrs.as_slice().to_vec(),
+            vm: bare.vm.clone(),
             ram,
-        };
-        if let Some(requester) = &requester {
-            let (ram, gate) = (machine.ram.clone(), machine.gate.clone());
-            machine.events = Some(EventThread::spawn(ram, requester.clone(), gate)?);
+        })
+    }
+
+    fn serve_events(&mut self, requester: Option<&Arc<dyn PageRequester>>) -> Result<()> {
+        if let Some(requester) = requester {
+            let (ram, gate) = (self.ram.clone(), self.gate.clone());
+            self.events = Some(EventThread::spawn(ram, requester.clone(), gate)?);
         }
+        Ok(())
+    }
+
+    fn add_vcpus(
+        &mut self,
+        fds: Vec<VcpuFd>,
+        requester: Option<Arc<dyn PageRequester>>,
+    ) -> Result<()> {
         let shared = Shared {
-            gate: machine.gate.clone(),
-            devices: machine.devices.clone(),
-            ram: machine.ram.clone(),
+            gate: self.gate.clone(),
+            devices: self.devices.clone(),
+            ram: self.ram.clone(),
             requester,
         };
         for (number, fd) in (0..).zip(fds) {
-            machine.vcpus.push(Vcpu::spawn(number, fd, &shared)?);
+            self.vcpus.push(Vcpu::spawn(number, fd, &shared)?);
         }
-        Ok(machine)
+        Ok(())
     }
 
     /// Its memory.
@@ -185,6 +258,7 @@ impl Machine {
             // So that its watchdogs do not bark. It fails for one whose guest has no kvmclock yet.
             let _ = vcpu.with(VcpuFd::kvmclock_ctrl);
         }
+        self.stopped = false;
         self.gate.open()
     }
 
@@ -195,7 +269,10 @@ impl Machine {
         self.gate.shut(self.vcpus.len(), || {
             self.vcpus.iter().for_each(Vcpu::kick);
         });
-        self.clock = self.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        if !self.stopped {
+            self.clock = self.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+            self.stopped = true;
+        }
         Ok(())
     }
 

@@ -26,12 +26,14 @@
 mod boot;
 mod cpuid;
 mod devices;
+mod dirty;
 mod events;
 mod gate;
 mod layout;
 mod machine;
 mod mp_table;
 mod ram;
+mod state;
 mod vcpu;
 
 pub use boot::Kernel;

@@ -182,6 +182,15 @@ impl Ram {
             );
         }
     }
+
+    /// What was noted since the last call, a bit for each page, is added to `into`.
+    pub(crate) fn take_noted(&self, into: &mut [u64]) {
+        for region in self.memory.iter() {
+            for (word, noted) in into.iter_mut().zip(region.bitmap().get_and_reset()) {
+                *word |= noted;
+            }
+        }
+    }
 }
 
 fn check_size(bytes: u64) -> Result<u64> {

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use kvm_demand_paging::{coalesce, PageRange};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryError};
@@ -29,6 +30,9 @@ const DEFLATE: usize = 1;
 pub(super) const STATS: usize = 2;
 const FREE_PAGES: usize = 3;
 const REPORTING: usize = 4;
+
+/// The least that every Linux takes. It reports only while it has as many free blocks as it can report at once.
+const REPORTING_ENTRIES: u16 = 32;
 
 /// Command ids that are none: stop telling; use again what you have told of.
 const STOP: u32 = 0;
@@ -63,7 +67,7 @@ pub struct Statistics {
 }
 
 /// What of it a driver must find again after its guest was moved.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Saved {
     pub(super) target: u32,
     pub(super) actual: u32,
@@ -218,7 +222,7 @@ impl BalloonDevice {
 
 impl VirtioDevice for BalloonDevice {
     const ID: u32 = VIRTIO_ID_BALLOON;
-    const QUEUES: usize = 5;
+    const QUEUES: &'static [u16] = &[256, 256, 256, 256, REPORTING_ENTRIES];
     const FEATURES: u64 = (1 << F_STATS) | (1 << F_FREE_PAGE_HINT) | (1 << F_REPORTING);
 
     fn config(&self) -> Vec<u8> {

@@ -1,5 +1,6 @@
 //! A virtio device in a page of addresses (virtio 1.x, "Virtio Over MMIO").
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::*;
 use virtio_bindings::virtio_mmio::*;
 use virtio_queue::{Queue, QueueT};
@@ -13,9 +14,6 @@ use crate::linux::ram::{DeviceMemory, Ram};
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"KDP ");
-
-/// Entries of a queue.
-const QUEUE_SIZE: u16 = 256;
 
 /// What a device cannot go on after.
 pub(super) enum Broken {
@@ -41,8 +39,8 @@ impl From<Error> for Broken {
 pub(super) trait VirtioDevice {
     /// What it is.
     const ID: u32;
-    /// Its queues.
-    const QUEUES: usize;
+    /// Its queues, each with how many entries it can have.
+    const QUEUES: &'static [u16];
     /// What it can, as bits.
     const FEATURES: u64;
 
@@ -65,7 +63,7 @@ pub(super) struct VirtioMmio<D> {
 }
 
 /// What the driver has set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Registers {
     pub(super) device_features_sel: u32,
     pub(super) driver_features_sel: u32,
@@ -88,10 +86,10 @@ impl<D: VirtioDevice> VirtioMmio<D> {
     const FEATURES: u64 = D::FEATURES | (1 << VIRTIO_F_VERSION_1);
 
     pub(super) fn new(device: D, interrupt: Interrupt) -> Result<Self> {
-        let queues = (0..D::QUEUES).map(|_| Queue::new(QUEUE_SIZE));
+        let queues = D::QUEUES.iter().map(|&size| Queue::new(size));
         let queues = queues
             .collect::<Result<_, _>>()
-            .map_err(|e| Error::invalid(format!("a virtio queue of {QUEUE_SIZE}: {e}")))?;
+            .map_err(|e| Error::invalid(format!("virtio queues of {:?}: {e}", D::QUEUES)))?;
         Ok(Self {
             device,
             interrupt,

@@ -6,6 +6,7 @@ mod control;
 mod interrupt;
 mod mmio;
 mod serial;
+mod state;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +19,7 @@ use self::interrupt::Interrupt;
 use self::mmio::VirtioMmio;
 pub use self::serial::Console;
 use self::serial::SerialPort;
+pub(super) use self::state::DevicesState;
 use super::layout::{I8042, SERIAL, SERIAL_IRQ, VIRTIO, VIRTIO_IRQ, VIRTIO_SIZE};
 use super::ram::Ram;
 use crate::error::Result;
@@ -38,11 +40,22 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    pub(super) fn new(vm: &Arc<VmFd>, ram: Arc<Ram>, console: Console) -> Result<Self> {
+    /// As they are after a reset, or in a saved state. The serial port raises its interrupt, if it had one: what has saved
+    /// the interrupt controllers restores them afterwards.
+    pub(super) fn new(
+        vm: &Arc<VmFd>,
+        ram: Arc<Ram>,
+        console: Console,
+        state: Option<&DevicesState>,
+    ) -> Result<Self> {
         let line = |line| Interrupt::new(vm.clone(), line);
-        let balloon = VirtioMmio::new(BalloonDevice::new(), line(VIRTIO_IRQ))?;
+        let mut balloon = VirtioMmio::new(BalloonDevice::new(), line(VIRTIO_IRQ))?;
+        if let Some(state) = state {
+            state.restore_balloon(&mut balloon)?;
+        }
+        let serial = state.map(DevicesState::serial).unwrap_or_default();
         Ok(Self {
-            serial: Mutex::new(SerialPort::new(line(SERIAL_IRQ), console)),
+            serial: Mutex::new(SerialPort::new(line(SERIAL_IRQ), console, &serial)?),
             balloon: Mutex::new(balloon),
             ram,
         })

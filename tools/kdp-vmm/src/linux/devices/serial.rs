@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use vm_superio::serial::{Error as SerialError, NoEvents};
-use vm_superio::Serial;
+use vm_superio::{Serial, SerialState};
 
 use super::interrupt::Interrupt;
 use crate::error::{Error, Result};
@@ -15,8 +15,15 @@ pub type Console = Box<dyn Write + Send>;
 pub(crate) struct SerialPort(Serial<Interrupt, NoEvents, Console>);
 
 impl SerialPort {
-    pub(crate) fn new(interrupt: Interrupt, console: Console) -> Self {
-        Self(Serial::new(interrupt, console))
+    /// One in this state.
+    pub(super) fn new(interrupt: Interrupt, console: Console, state: &SerialState) -> Result<Self> {
+        Serial::from_state(state, interrupt, NoEvents, console)
+            .map(Self)
+            .map_err(failed)
+    }
+
+    pub(super) fn state(&self) -> SerialState {
+        self.0.state()
     }
 
     pub(crate) fn read(&mut self, register: u8) -> u8 {

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A Linux guest in the small VMM, with the load that checks itself (demo/guest/load.c).
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kdp_vmm::linux::{Kernel, Machine, PageRequester, Ram, Setup};
+use kvm_demand_paging::{Backing, Memfd, Paging, Vm};
+
+use crate::check::{skip, Result};
+use crate::harness::on_debug_kernel;
+use crate::slot::{need_kvm, PAGE};
+
+/// Guest memory.
+pub const MEMORY: u64 = 128 << 20;
+
+/// How long a guest may take for what it does in a second on an idle machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long it may take to boot.
+fn boot_time() -> Duration {
+    Duration::from_secs(if on_debug_kernel() { 400 } else { 100 })
+}
+
+const KERNEL: &str = "build/demo/bzImage";
+const INITRD: &str = "build/demo/initrd-load";
+
+/// What the console has said so far.
+#[derive(Clone, Default)]
+pub struct Console {
+    text: Arc<(Mutex<String>, Condvar)>,
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.text().push_str(&String::from_utf8_lossy(bytes));
+        self.text.1.notify_all();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the load said of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// Its number.
+    pub number: u64,
+    /// The guest's clock.
+    pub ns: u64,
+}
+
+impl Console {
+    fn text(&self) -> MutexGuard<'_, String> {
+        self.text.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of it.
+    pub fn all(&self) -> String {
+        self.text().clone()
+    }
+
+    /// Wait until there is a line with this in it.
+    pub fn wait_for(&self, what: &str, within: Duration) -> Result {
+        let deadline = Instant::now() + within;
+        let mut text = self.text();
+        while !text.contains(what) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(
+                left > Duration::ZERO,
+                "the guest has not said '{what}' within {within:?}. Its console:\n{}",
+                *text
+            );
+            text = self
+                .text
+                .1
+                .wait_timeout(text, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+
+    /// The rounds that were told of, by whole lines.
+    pub fn rounds(&self) -> Vec<Round> {
+        let text = self.text();
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole.lines().filter_map(round).collect()
+    }
+
+    /// Wait for so many more rounds.
+    pub fn wait_rounds(&self, more: usize) -> Result {
+        let deadline = Instant::now() + PATIENCE;
+        let wanted = self.rounds().len() + more;
+        while self.rounds().len() < wanted {
+            ensure!(
+                Instant::now() < deadline,
+                "the guest has not come {more} rounds further within {PATIENCE:?}. Its console:\n{}",
+                self.all()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// No page was wrong, no round is missing or twice, no kernel complained.
+    pub fn check(&self) -> Result {
+        let text = self.all();
+        for bad in [
+            "KDP-LOAD BAD",
+            "KDP-FAILED",
+            "soft lockup",
+            "stall",
+            "BUG:",
+            "WARNING:",
+            "Oops",
+            "Marking TSC unstable",
+        ] {
+            ensure!(!text.contains(bad), "the guest says '{bad}':\n{text}");
+        }
+        let rounds = self.rounds();
+        for pair in rounds.windows(2) {
+            ensure!(
+                pair[1].number == pair[0].number + 1 && pair[1].ns > pair[0].ns,
+                "round {:?} came after {:?}:\n{text}",
+                pair[1],
+                pair[0]
+            );
+        }
+        Ok(())
+    }
+}
+
+fn round(line: &str) -> Option<Round> {
+    let mut words = line.trim().strip_prefix("KDP-LOAD round ")?.split(' ');
+    let number = words.next()?.parse().ok()?;
+    let ns = words
+        .skip_while(|word| *word != "ns")
+        .nth(1)?
+        .parse()
+        .ok()?;
+    Some(Round { number, ns })
+}
+
+fn setup(console: &Console, requester: Option<Arc<dyn PageRequester>>) -> Setup {
+    Setup {
+        console: Box::new(console.clone()),
+        requester,
+    }
+}
+
+/// A guest that is about to boot, with these parameters for its load.
+fn boot(bytes: u64, vcpus: u8, parameters: &str, console: &Console) -> Result<Machine> {
+    need_kvm()?;
+    if !fs::exists(KERNEL)? || !fs::exists(INITRD)? {
+        return skip("there is no guest to boot: run scripts/demo-image");
+    }
+    let ram = Arc::new(Ram::create(Backing::Shmem, bytes)?);
+    let kernel = Kernel {
+        image: KERNEL.into(),
+        initrd: Some(INITRD.into()),
+        append: format!("quiet {parameters}"),
+    };
+    let mut machine = Machine::boot(ram, vcpus, &kernel, setup(console, None))?;
+    machine.start()?;
+    Ok(machine)
+}
+
+/// Wait until a guest has booted and its load is at work.
+fn wait_for_load(console: &Console) -> Result {
+    console.wait_for("KDP-LOAD round 3 ", boot_time())
+}
+
+/// A guest that goes on from a state.
+pub fn restore(
+    ram: Arc<Ram>,
+    state: &[u8],
+    console: &Console,
+    requester: Option<Arc<dyn PageRequester>>,
+) -> Result<Machine> {
+    let mut machine = Machine::restore(ram, state, setup(console, requester))?;
+    machine.start()?;
+    Ok(machine)
+}
+
+/// Why a state is refused, if it is.
+pub fn refusal(ram: Arc<Ram>, state: &[u8]) -> Option<String> {
+    let machine = Machine::restore(ram, state, setup(&Console::default(), None));
+    machine.err().map(|e| e.to_string())
+}
+
+/// Memory of a guest that is to go on: what `from` has, or all of it absent.
+pub fn memory(from: Option<&Memfd>) -> Result<Arc<Ram>> {
+    let memfd = Memfd::create("kdp-behaviour", Backing::Shmem, MEMORY)?;
+    let Some(from) = from else {
+        return Ok(Arc::new(Ram::new(Vm::open()?, 0, memfd, Paging::On)?));
+    };
+    let to = memfd.map_all()?;
+    let mut page = [0; PAGE as usize];
+    for n in 0..MEMORY / PAGE {
+        from.read(n, &mut page)?;
+        if page.iter().any(|byte| *byte != 0) {
+            to.write(n, &page)?;
+        }
+    }
+    drop(to);
+    Ok(Arc::new(Ram::new(
+        Vm::open()?,
+        0,
+        memfd,
+        Paging::OnPresent,
+    )?))
+}
+
+/// A guest that was stopped in its first rounds: its state, and its memory.
+pub struct Snapshot {
+    /// What [`restore`] takes.
+    pub state: Vec<u8>,
+    /// Its memory.
+    pub memory: Memfd,
+}
+
+/// The guest of several tests: a boot takes long, so the first of them saves it for all.
+pub fn snapshot() -> Result<Snapshot> {
+    const STATE: &str = "/dev/shm/kdp-behaviour-linux-state";
+    const RAM: &str = "/dev/shm/kdp-behaviour-linux-memory";
+    if !fs::exists(STATE)? {
+        let console = Console::default();
+        let mut machine = boot(MEMORY, 2, "kdp_churn=8 kdp_mib=8 kdp_writes=128", &console)?;
+        wait_for_load(&console)?;
+        machine.stop()?;
+        console.check()?;
+        let state = machine.save()?;
+        write_memory(machine.ram().memfd(), Path::new(RAM))?;
+        // Last: who finds it finds all.
+        let part = format!("{STATE}.part");
+        fs::write(&part, state)?;
+        fs::rename(part, STATE)?;
+    }
+    let memory = Memfd::create("snapshot", Backing::Shmem, MEMORY)?;
+    let map = memory.map_all()?;
+    let bytes = fs::read(RAM)?;
+    for (n, page) in (0..).zip(bytes.chunks_exact(PAGE as usize)) {
+        if page.iter().any(|byte| *byte != 0) {
+            map.write(n, page)?;
+        }
+    }
+    Ok(Snapshot {
+        state: fs::read(STATE)?,
+        memory,
+    })
+}
+
+fn write_memory(memfd: &Memfd, path: &Path) -> Result {
+    let mut file = io::BufWriter::new(fs::File::create(path)?);
+    let mut page = [0; PAGE as usize];
+    for n in 0..memfd.size() / PAGE {
+        memfd.read(n, &mut page)?;
+        file.write_all(&page)?;
+    }
+    Ok(file.flush()?)
+}
+
+/// Fails if the guest has ended, with how it did.
+pub fn still_runs(machine: &Machine) -> Result {
+    if let Some(end) = machine.wait(Some(Duration::ZERO))? {
+        fail!("it ended: {end}");
+    }
+    Ok(())
+}

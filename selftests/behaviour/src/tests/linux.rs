@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Linux in the small VMM: what it takes to move it, and how it tells which memory it does not use.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kdp_vmm::linux::{HintSink, PageRequester};
+use kvm_demand_paging::{Memfd, PageRange};
+
+use crate::check::Result;
+use crate::linux::{self, restore, snapshot, Console, MEMORY};
+use crate::slot::PAGE;
+use crate::task::until;
+
+tests! {
+    "migrate-linux-goes-on-in-a-fresh-machine" => goes_on,
+    "migrate-linux-other-states-are-refused" => other_states_are_refused,
+    "migrate-linux-dirty-pages-are-logged" => dirty_pages_are_logged,
+    "migrate-linux-pages-come-on-demand" => pages_come_on_demand,
+    "migrate-linux-stops-if-a-page-never-comes" => stops_if_a_page_never_comes,
+    "hint-linux-hints-carry-their-command" => hints_carry_their_command,
+}
+
+/// Stopped, saved and restored in a machine that is new, on the same memory, three times. The load's rounds go on without
+/// one missing, and no time has passed for the guest.
+fn goes_on() -> Result {
+    const AWAY: Duration = Duration::from_secs(10);
+    let snapshot = snapshot()?;
+    let ram = linux::memory(Some(&snapshot.memory))?;
+    let console = Console::default();
+    let mut state = snapshot.state;
+    for turn in 0..3 {
+        let before = console.rounds().len();
+        let mut machine = restore(ram.clone(), &state, &console, None)?;
+        console.wait_rounds(3)?;
+        machine.stop()?;
+        linux::still_runs(&machine)?;
+        let rounds = console.rounds();
+        if turn == 1 {
+            let (last, first) = (rounds[before - 1], rounds[before]);
+            let passed = Duration::from_nanos(first.ns.saturating_sub(last.ns));
+            ensure!(
+                passed < AWAY,
+                "the guest's clock went on by {passed:?} while it was stopped for {AWAY:?}"
+            );
+        }
+        state = machine.save()?;
+        println!("{} bytes of state after {:?}", state.len(), rounds.last());
+        // A second save is the same guest's: saving changes nothing.
+        ensure_eq!(machine.save()?.len(), state.len(), "bytes of state");
+        drop(machine);
+        if turn == 0 {
+            std::thread::sleep(AWAY);
+        }
+    }
+    console.check()
+}
+
+/// What is not a state, is damaged, or is another machine's, is refused with what is wrong.
+fn other_states_are_refused() -> Result {
+    let snapshot = snapshot()?;
+    let refused = |bytes: &[u8], why: &str| -> Result {
+        let ram = linux::memory(None)?;
+        let told = linux::refusal(ram, bytes);
+        ensure!(
+            told.as_ref().is_some_and(|told| told.contains(why)),
+            "it does not say '{why}', but {told:?}"
+        );
+        Ok(())
+    };
+    let mut other = snapshot.state.clone();
+    other[8] += 1;
+    refused(&other, "this program reads 1")?;
+    let mut damaged = snapshot.state.clone();
+    let last = damaged.len() - 1;
+    damaged[last] ^= 1;
+    refused(&damaged, "damaged")?;
+    refused(&snapshot.state[..100], "behind its header")
+}
+
+/// Every page that differs from what it was when logging began is in the log: what vCPUs write, KVM itself, and the devices.
+fn dirty_pages_are_logged() -> Result {
+    let snapshot = snapshot()?;
+    let ram = linux::memory(Some(&snapshot.memory))?;
+    let console = Console::default();
+    let mut machine = restore(ram.clone(), &snapshot.state, &console, None)?;
+    console.wait_rounds(1)?;
+    machine.stop()?;
+    machine.log_dirty_pages(true)?;
+    let before = linux::memory(Some(ram.memfd()))?;
+    let mut pages = vec![0; (ram.pages() / 64) as usize];
+    machine.start()?;
+    for _ in 0..3 {
+        console.wait_rounds(1)?;
+        machine.harvest_dirty_pages(&mut pages)?;
+    }
+    machine.balloon().statistics()?;
+    console.wait_rounds(1)?;
+    machine.stop()?;
+    machine.harvest_dirty_pages(&mut pages)?;
+    let is_logged = |page: u64| pages[(page / 64) as usize] & (1 << (page % 64)) != 0;
+    let (mut changed, mut logged) = (0, 0);
+    for page in 0..ram.pages() {
+        let (mut was, mut is) = ([0; PAGE as usize], [0; PAGE as usize]);
+        before.memfd().read(page, &mut was)?;
+        ram.memfd().read(page, &mut is)?;
+        changed += u64::from(was != is);
+        logged += u64::from(is_logged(page));
+        ensure!(
+            was == is || is_logged(page),
+            "page {page} was written, and is not in the log"
+        );
+    }
+    println!(
+        "{changed} pages changed, {logged} logged of {}",
+        ram.pages()
+    );
+    ensure!(changed > 100, "only {changed} pages have changed");
+    ensure!(
+        logged < ram.pages() / 2,
+        "{logged} pages are in the log of {}",
+        ram.pages()
+    );
+    let mut rest = vec![0; pages.len()];
+    machine.harvest_dirty_pages(&mut rest)?;
+    ensure_eq!(
+        rest.iter().map(|word| word.count_ones()).sum::<u32>(),
+        0,
+        "pages logged of a guest that is stopped"
+    );
+    console.check()
+}
+
+/// Pages of a guest that was elsewhere.
+struct Elsewhere {
+    ram: Arc<kdp_vmm::linux::Ram>,
+    source: Memfd,
+    fetched: Mutex<u64>,
+    /// Fetch no more than that.
+    most: u64,
+}
+
+impl PageRequester for Elsewhere {
+    fn fetch(
+        &self,
+        page: u64,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        if *fetched == self.most {
+            return Err("the connection is gone".into());
+        }
+        *fetched += 1;
+        let mut bytes = [0; PAGE as usize];
+        self.source.read(page, &mut bytes)?;
+        self.ram.vm().place(self.ram.slot_id(), page, &bytes)?;
+        Ok(())
+    }
+}
+
+fn elsewhere(most: u64) -> Result<(Vec<u8>, Arc<Elsewhere>)> {
+    let snapshot = snapshot()?;
+    let elsewhere = Elsewhere {
+        ram: linux::memory(None)?,
+        source: snapshot.memory,
+        fetched: Mutex::new(0),
+        most,
+    };
+    Ok((snapshot.state, Arc::new(elsewhere)))
+}
+
+/// The guest goes on with none of its memory there.
+fn pages_come_on_demand() -> Result {
+    let (state, elsewhere) = elsewhere(u64::MAX)?;
+    let console = Console::default();
+    let mut machine = restore(
+        elsewhere.ram.clone(),
+        &state,
+        &console,
+        Some(elsewhere.clone()),
+    )?;
+    console.wait_rounds(3)?;
+    machine.stop()?;
+    linux::still_runs(&machine)?;
+    let fetched = *elsewhere
+        .fetched
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    println!("{fetched} of {} pages were fetched", MEMORY / PAGE);
+    ensure!(fetched < MEMORY / PAGE / 2, "{fetched} pages were fetched");
+    console.check()
+}
+
+/// A page that never comes stops the guest, which reads no zeros, and says which page it was.
+fn stops_if_a_page_never_comes() -> Result {
+    let (state, elsewhere) = elsewhere(300)?;
+    let console = Console::default();
+    let machine = restore(
+        elsewhere.ram.clone(),
+        &state,
+        &console,
+        Some(elsewhere.clone()),
+    )?;
+    match machine.wait(Some(linux::PATIENCE)) {
+        Err(e) => {
+            let text = e.to_string();
+            ensure!(
+                text.contains("will never come: the connection is gone"),
+                "the guest was stopped with: {text}"
+            );
+        }
+        Ok(end) => fail!("the guest came to {end:?}:\n{}", console.all()),
+    }
+    console.check()
+}
+
+/// What came of hints.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    Started(u32),
+    Hinted(u32, PageRange),
+    Finished(u32),
+}
+
+#[derive(Default)]
+struct Sink(Mutex<Vec<Told>>);
+
+impl Sink {
+    fn tell(&self, told: Told) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(told);
+    }
+
+    fn count(&self, is_it: impl Fn(&Told) -> bool) -> usize {
+        let told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        told.iter().filter(|told| is_it(told)).count()
+    }
+}
+
+impl HintSink for Sink {
+    fn started(&self, command: u32) {
+        self.tell(Told::Started(command));
+    }
+
+    fn hinted(&self, command: u32, range: PageRange) {
+        self.tell(Told::Hinted(command, range));
+    }
+
+    fn finished(&self, command: u32) {
+        self.tell(Told::Finished(command));
+    }
+}
+
+/// Linux's driver answers each command in its turn, with ranges of memory and the command's number, and none comes after a
+/// stop. The guest goes on, and has its memory back.
+fn hints_carry_their_command() -> Result {
+    let snapshot = snapshot()?;
+    let ram = linux::memory(Some(&snapshot.memory))?;
+    let console = Console::default();
+    let mut machine = restore(ram.clone(), &snapshot.state, &console, None)?;
+    let balloon = machine.balloon();
+    ensure!(balloon.can_hint(), "the guest's driver does not hint");
+    let (mut before, mut all) = (0, 0);
+    for _ in 0..2 {
+        let sink = Arc::new(Sink::default());
+        let command = balloon.begin_hints(sink.clone())?;
+        ensure!(command > before, "command {command} after {before}");
+        until("the guest has hinted", || {
+            Ok(sink.count(|told| matches!(told, Told::Finished(_))) > 0)
+        })?;
+        balloon.stop_hints()?;
+        let hinted = sink.count(|told| matches!(told, Told::Hinted(..)));
+        let told = sink.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure_eq!(
+            told.first(),
+            Some(&Told::Started(command)),
+            "the first that it told"
+        );
+        ensure_eq!(
+            told.last(),
+            Some(&Told::Finished(command)),
+            "the last that it told"
+        );
+        let mut pages = 0;
+        for told in told.iter().skip(1).take(hinted) {
+            let Told::Hinted(of, range) = told else {
+                fail!("{told:?} among hints");
+            };
+            ensure_eq!(*of, command, "the command of a hint");
+            ensure!(
+                range.count > 0 && range.end() <= ram.pages(),
+                "a hint of {range:?}"
+            );
+            pages += range.count;
+        }
+        println!("command {command}: {hinted} hints of {pages} pages");
+        (before, all) = (command, all + pages);
+        drop(told);
+        balloon.end_hints()?;
+        console.wait_rounds(1)?;
+    }
+    // How many there are of the size that Linux hints, 4 MiB, is a matter of what the load has left.
+    ensure!(all > 0, "no page was hinted");
+    // Stopped before the guest has had a chance to answer: nothing may come.
+    let sink = Arc::new(Sink::default());
+    machine.stop()?;
+    balloon.begin_hints(sink.clone())?;
+    balloon.stop_hints()?;
+    machine.start()?;
+    console.wait_rounds(2)?;
+    ensure_eq!(
+        sink.count(|told| matches!(told, Told::Hinted(..))),
+        0,
+        "hints after a stop"
+    );
+    balloon.end_hints()?;
+    console.wait_rounds(1)?;
+    machine.stop()?;
+    console.check()
+}
