@@ -223,7 +223,7 @@ fn broken_claim_goes_first_is_found() {
 }
 
 #[test]
-#[should_panic(expected = "what was committed")]
+#[should_panic(expected = "fills")]
 fn broken_without_a_second_look_is_found() {
     committed(Broken::NoSecondLook, BIT);
 }
