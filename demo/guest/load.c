@@ -180,12 +180,12 @@ static void spike(unsigned long mib)
 
 	if (!mib)
 		return;
-	open_area(&area, "spike", mib * MIB / PAGE);
+	open_area(&area, "peak", mib * MIB / PAGE);
 	for (unsigned long n = 0; n < area.pages; n++)
 		write_page(&area, n);
 	check_all(&area);
 	close_area(&area);
-	printf("KDP-LOAD spike of %lu MiB is over\n", mib);
+	printf("KDP-LOAD peak of %lu MiB is over\n", mib);
 }
 
 static unsigned long wanted(const char *name, unsigned long otherwise)

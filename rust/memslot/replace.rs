@@ -82,7 +82,7 @@ impl Memslot {
         let is_bad = |&into: &u64| pages.poison.is_bad(start + first + into);
         let bad = (0..count)
             .filter(is_bad)
-            .fold(0, |bits, into| bits | 1 << into);
+            .fold(0, |bits, into| bits | (1 << into));
         self.inode.unmap(start + first, count);
         Some((first, count, bad))
     }

@@ -76,7 +76,7 @@ impl Seen {
     pub fn done(&self, act: Act, wanted: u64) -> u64 {
         ones(wanted)
             .filter(|&at| self.fate(act, 1 << at) == Fate::Done)
-            .fold(0, |bits, at| bits | 1 << at)
+            .fold(0, |bits, at| bits | (1 << at))
     }
 
     /// Whose claims are over by a call that ends claims, whatever became of them.

@@ -87,7 +87,7 @@ proptest! {
         let mut pages = [Page::default(); 64];
         for step in steps {
             let on = |bits: u64, pages: &mut [Page; 64], f: fn(&mut Page)| {
-                (0..64).filter(|at| bits >> at & 1 != 0).for_each(|at| f(&mut pages[at]));
+                (0..64).filter(|at| (bits >> at) & 1 != 0).for_each(|at| f(&mut pages[at]));
             };
             match step {
                 Step::Act(who, act, wanted) => {
@@ -95,9 +95,9 @@ proptest! {
                     for (at, page) in pages.iter_mut().enumerate() {
                         let fate = seen.fate(act, 1 << at);
                         prop_assert_eq!(fate, expected(page, who, act), "page {} {:?}", at, page);
-                        let is_done = seen.done(act, wanted) >> at & 1 != 0;
-                        prop_assert_eq!(is_done, wanted >> at & 1 != 0 && fate == Fate::Done);
-                        if wanted >> at & 1 == 0 {
+                        let is_done = (seen.done(act, wanted) >> at) & 1 != 0;
+                        prop_assert_eq!(is_done, (wanted >> at) & 1 != 0 && fate == Fate::Done);
+                        if (wanted >> at) & 1 == 0 {
                             continue;
                         }
                         match act {
@@ -170,7 +170,7 @@ proptest! {
             parts.flat_map(|part| part.first..part.first + part.count).collect()
         };
         let all = part.first..part.first + part.count;
-        let is_set = |page: &u64| bits[(page / 64) as usize] >> (page % 64) & 1 != 0;
+        let is_set = |page: &u64| (bits[(page / 64) as usize] >> (page % 64)) & 1 != 0;
         prop_assert_eq!(
             pages(&mut claimed(Some(&words[..]), part)),
             all.clone().filter(is_set).collect::<Vec<_>>()
@@ -189,7 +189,7 @@ fn runs_of_all_and_nothing() {
     assert_eq!(runs(0).count(), 0);
     assert_eq!(runs(u64::MAX).collect::<Vec<_>>(), [(0, 64)]);
     assert_eq!(
-        runs(1 << 63 | 0b1101).collect::<Vec<_>>(),
+        runs((1 << 63) | 0b1101).collect::<Vec<_>>(),
         [(0, 1), (2, 2), (63, 1)]
     );
 }

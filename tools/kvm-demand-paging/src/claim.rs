@@ -107,7 +107,7 @@ impl Claimant {
 
     fn call(
         &self,
-        call: fn(BorrowedFd<'_>, u32, PageRange, &mut [u8]) -> Result<(), (Errno, u64)>,
+        call: Call,
         name: &'static str,
         flags: u32,
         range: PageRange,
@@ -135,6 +135,9 @@ impl From<Claimant> for OwnedFd {
         claimant.fd
     }
 }
+
+/// A call of a claimant, with its flags and room for results; on failure, how many pages were dealt with.
+type Call = fn(BorrowedFd<'_>, u32, PageRange, &mut [u8]) -> Result<(), (Errno, u64)>;
 
 fn hint(errno: Errno) -> Option<&'static str> {
     match errno {

@@ -36,7 +36,7 @@ tests! {
 
 /// Every word of a version of a page.
 pub(super) fn tag(page: u64, version: u64) -> u64 {
-    0xa5 << 56 | page << 24 | version
+    (0xa5 << 56) | (page << 24) | version
 }
 
 /// All bytes of such pages.
