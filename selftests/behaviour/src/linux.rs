@@ -155,13 +155,22 @@ fn setup(console: &Console, requester: Option<Arc<dyn PageRequester>>) -> Setup 
     }
 }
 
-/// A guest that is about to boot, with these parameters for its load.
-fn boot(bytes: u64, vcpus: u8, parameters: &str, console: &Console) -> Result<Machine> {
+/// Memory for a guest, none of which is a hole; what it has is not zeros.
+pub fn full_memory(bytes: u64) -> Result<Arc<Ram>> {
+    let ram = Ram::create(Backing::Shmem, bytes)?;
+    let map = ram.memfd().map_all()?;
+    for page in 0..ram.pages() {
+        map.write(page, &[0xa5; PAGE as usize])?;
+    }
+    Ok(Arc::new(ram))
+}
+
+/// A guest that boots, with these parameters for its load.
+pub fn boot_in(ram: Arc<Ram>, vcpus: u8, parameters: &str, console: &Console) -> Result<Machine> {
     need_kvm()?;
     if !fs::exists(KERNEL)? || !fs::exists(INITRD)? {
         return skip("there is no guest to boot: run scripts/demo-image");
     }
-    let ram = Arc::new(Ram::create(Backing::Shmem, bytes)?);
     let kernel = Kernel {
         image: KERNEL.into(),
         initrd: Some(INITRD.into()),
@@ -232,7 +241,9 @@ pub fn snapshot() -> Result<Snapshot> {
     const RAM: &str = "/dev/shm/kdp-behaviour-linux-memory";
     if !fs::exists(STATE)? {
         let console = Console::default();
-        let mut machine = boot(MEMORY, 2, "kdp_churn=8 kdp_mib=8 kdp_writes=128", &console)?;
+        let ram = Arc::new(Ram::create(Backing::Shmem, MEMORY)?);
+        let load = "kdp_churn=8 kdp_mib=8 kdp_writes=128";
+        let mut machine = boot_in(ram, 2, load, &console)?;
         wait_for_load(&console)?;
         machine.stop()?;
         console.check()?;

@@ -2,10 +2,11 @@
 
 //! Linux in the small VMM: what it takes to move it, and how it tells which memory it does not use.
 
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use kdp_vmm::linux::{HintSink, PageRequester};
+use kdp_vmm::linux::{End, HintSink, PageRequester};
 use kvm_demand_paging::{Memfd, PageRange};
 
 use crate::check::Result;
@@ -20,6 +21,7 @@ tests! {
     "migrate-linux-pages-come-on-demand" => pages_come_on_demand,
     "migrate-linux-stops-if-a-page-never-comes" => stops_if_a_page_never_comes,
     "hint-linux-hints-carry-their-command" => hints_carry_their_command,
+    "hint-linux-reported-pages-are-given-back" => reported_pages_are_given_back,
 }
 
 /// Stopped, saved and restored in a machine that is new, on the same memory, three times. The load's rounds go on without
@@ -318,5 +320,54 @@ fn hints_carry_their_command() -> Result {
     balloon.end_hints()?;
     console.wait_rounds(1)?;
     machine.stop()?;
+    console.check()
+}
+
+/// Bytes that a memfd takes.
+fn allocated(fd: BorrowedFd<'_>) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    Ok(std::fs::metadata(path)?.blocks() * 512)
+}
+
+/// Memory that a guest does not use is given back, by Linux's driver, though all of it was there when the guest began; and the
+/// guest uses it again.
+fn reported_pages_are_given_back() -> Result {
+    /// Linux reports only while it has more than 64 MiB in a zone.
+    const BYTES: u64 = 256 << 20;
+    let console = Console::default();
+    let ram = linux::full_memory(BYTES)?;
+    let before = allocated(ram.memfd().as_fd())?;
+    ensure!(before >= BYTES, "{before} bytes are there of {BYTES}");
+    let parameters = "kdp_spike=64 kdp_mib=8 kdp_writes=512 kdp_rounds=40";
+    let machine = linux::boot_in(ram, 1, parameters, &console)?;
+    let fd = machine.ram().memfd().as_fd();
+    let mut least = before;
+    let balloon = machine.balloon();
+    let mut known = None;
+    let deadline = Instant::now() + Duration::from_secs(100);
+    let end = loop {
+        if let Some(end) = machine.wait(Some(Duration::from_millis(20)))? {
+            break end;
+        }
+        least = least.min(allocated(fd)?);
+        known = known.or(balloon.statistics()?);
+        ensure!(
+            Instant::now() < deadline,
+            "the guest does not end:\n{}",
+            console.all()
+        );
+    };
+    println!(
+        "{before} bytes, {least} at least, {} at the end",
+        allocated(fd)?
+    );
+    ensure_eq!(end, End::Reset, "the guest's end");
+    ensure!(least < BYTES / 2, "{least} bytes of {BYTES} were kept");
+    ensure!(
+        known.is_some_and(|known| known.free < known.total && known.total < BYTES),
+        "the guest's statistics are {known:?}"
+    );
+    console.wait_for("KDP-LOAD done", Duration::ZERO)?;
     console.check()
 }

@@ -158,7 +158,7 @@ impl<D: VirtioDevice> VirtioMmio<D> {
             VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_sel = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => self.notified(value as usize, ram)?,
             VIRTIO_MMIO_INTERRUPT_ACK => self.registers.interrupt_status &= !value,
-            VIRTIO_MMIO_STATUS => self.set_status(value),
+            VIRTIO_MMIO_STATUS => self.set_status(value, ram)?,
             _ => self.set_up_queue(offset, value, ram.memory())?,
         }
         Ok(())
@@ -173,7 +173,7 @@ impl<D: VirtioDevice> VirtioMmio<D> {
         }
     }
 
-    fn set_status(&mut self, value: u32) {
+    fn set_status(&mut self, value: u32, ram: &Ram) -> Result<()> {
         if value == 0 {
             self.registers = Registers {
                 config_generation: self.registers.config_generation,
@@ -181,7 +181,7 @@ impl<D: VirtioDevice> VirtioMmio<D> {
             };
             self.queues.iter_mut().for_each(QueueT::reset);
             self.device.reset();
-            return;
+            return Ok(());
         }
         let features = self.registers.driver_features;
         let agreed = features & !Self::FEATURES == 0 && features & (1 << VIRTIO_F_VERSION_1) != 0;
@@ -191,7 +191,13 @@ impl<D: VirtioDevice> VirtioMmio<D> {
             VIRTIO_CONFIG_S_FEATURES_OK
         };
         let needs_reset = self.registers.status & VIRTIO_CONFIG_S_NEEDS_RESET;
+        let begins = value & !self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         self.registers.status = (value & !refused) | needs_reset;
+        // Linux leaves the first buffer for statistics before it says that it is at work, when nothing may be taken yet.
+        if begins {
+            (0..self.queues.len()).try_for_each(|index| self.notified(index, ram))?;
+        }
+        Ok(())
     }
 
     fn set_up_queue(&mut self, offset: u32, value: u32, memory: &DeviceMemory) -> Result<()> {
