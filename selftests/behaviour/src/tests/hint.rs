@@ -6,7 +6,7 @@ use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use kdp_vmm::{MemoryFault, Order, Touch};
@@ -99,31 +99,40 @@ fn place_beside_touches(backing: Backing, pages: u64) -> Result {
         round += 1;
         race.begin(State::Zero)?;
         let before = race.zero_filled()?;
-        // From the middle on: the others come from both ends.
-        let placing = race.clone();
-        let placer = Task::work(move || -> Result<u64> {
-            let mut order = batches(placing.pages, 2, round % 2 == 0);
-            let middle = order.len() / 2;
-            order.rotate_left(middle);
-            let mut sum = 0;
-            for range in order {
-                sum += placing.place(range, round)?;
-            }
-            Ok(sum)
-        })?;
         // The vCPU reads pages that nobody writes, all of each.
         let touch = Touch::new(GPA, Order::sequential(pages / 2))
             .stride(2)
             .hash();
         let machine = race.slot.machine()?;
         let mut vcpu = machine.vcpu(0, &touch.program())?;
+        // All four begin at once.
+        let ready = Arc::new(Barrier::new(4));
+        let at_once = ready.clone();
+        // From the middle on: the others come from both ends.
+        let placing = race.clone();
+        let placer = Task::work(move || -> Result<u64> {
+            let mut order = batches(placing.pages, 2, round % 2 == 0);
+            let middle = order.len() / 2;
+            order.rotate_left(middle);
+            at_once.wait();
+            let mut sum = 0;
+            for range in order {
+                sum += placing.place(range, round)?;
+            }
+            Ok(sum)
+        })?;
         let exiting = race.slot.clone();
+        let at_once = ready.clone();
         let vcpu = Task::work(move || -> Result<_> {
-            exiting.vm.set_vcpu_exits(true)?;
+            let on = exiting.vm.set_vcpu_exits(true);
+            at_once.wait();
+            on?;
             guest::run(&mut vcpu, asks_for_nothing)
         })?;
         let writing = race.clone();
+        let at_once = ready.clone();
         let writer = Task::work(move || -> Result {
+            at_once.wait();
             for page in (1..writing.pages).step_by(2) {
                 write(&writing.slot, page, 5, round)?;
             }
@@ -131,6 +140,7 @@ fn place_beside_touches(backing: Backing, pages: u64) -> Result {
         })?;
         let reading = race.clone();
         let reader = Task::work(move || -> Result {
+            ready.wait();
             for range in batches(reading.pages, 1, true) {
                 let page = range.first;
                 let at = |at| sys::load(reading.slot.address(page).wrapping_add(at));
