@@ -52,6 +52,7 @@
 
 mod error;
 mod guest;
+mod interrupt;
 pub mod linux;
 mod machine;
 mod machine_check;
@@ -73,6 +74,6 @@ pub use machine::{Machine, MAX_GPA, MAX_VCPUS, MIN_GPA, SCRATCH_GPA};
 pub use machine_check::{MSR_ADDR, MSR_MCG_STATUS};
 pub use memory::{backing_name, buffer, populate, BackingArg, GuestMemory, PAGE_SIZE};
 pub use memory_error::{frame_of, MemoryErrors};
-pub use paging::{pager, Counters, Handler, Memory, Mode, Pager, Stopper};
+pub use paging::{pager, Counters, EndFlag, Handler, Memory, Mode, Pager, ReaderThread};
 pub use source::{fill_page, Image, Remote, Source};
 pub use vcpu::{MemoryFault, Stop, Vcpu};

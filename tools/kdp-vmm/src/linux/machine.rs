@@ -12,7 +12,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use super::boot::{self, Kernel};
 use super::cpuid;
 use super::devices::{Balloon, Console, Devices};
-use super::events::EventThread;
+use super::events;
 use super::gate::Gate;
 use super::layout::TSS;
 use super::mp_table::MAX_CPUS;
@@ -21,6 +21,7 @@ use super::state::{State, VcpuState, VmState};
 use super::vcpu::{Shared, Vcpu};
 use super::{End, PageRequester};
 use crate::error::{kvm, Error, Result};
+use crate::paging::ReaderThread;
 
 /// KVM's number of the one memslot.
 pub(super) const KVM_SLOT: u32 = 0;
@@ -40,7 +41,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     gate: Arc<Gate>,
     // After the vCPUs' threads have ended, in `drop`: one of them may wait for what this fetches.
-    events: Option<EventThread>,
+    events: Option<ReaderThread>,
     devices: Arc<Devices>,
     /// What the guest's clock shows while it is stopped.
     clock: kvm_clock_data,
@@ -209,7 +210,7 @@ impl Machine {
     fn serve_events(&mut self, requester: Option<&Arc<dyn PageRequester>>) -> Result<()> {
         if let Some(requester) = requester {
             let (ram, gate) = (self.ram.clone(), self.gate.clone());
-            self.events = Some(EventThread::spawn(ram, requester.clone(), gate)?);
+            self.events = Some(events::spawn(ram, requester.clone(), gate)?);
         }
         Ok(())
     }
@@ -289,5 +290,9 @@ impl Drop for Machine {
         });
         self.gate.dismiss();
         self.vcpus.drain(..).for_each(Vcpu::join);
+        if let Some(events) = self.events.take() {
+            // One that panicked has ended, too.
+            let _ = events.end();
+        }
     }
 }

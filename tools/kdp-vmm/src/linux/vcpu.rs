@@ -6,13 +6,13 @@ use std::thread::{self, JoinHandle};
 use kvm_demand_paging::{FaultExit, Reason};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
-use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 use super::devices::{Access, Devices};
 use super::gate::Gate;
 use super::ram::Ram;
 use super::{End, PageRequester};
 use crate::error::{Error, Result};
+use crate::interrupt;
 
 /// Neither is an error: a signal came; or a CPU that does not run yet was looked at.
 const INTERRUPTED: [i32; 2] = [Errno::INTR.raw_os_error(), Errno::AGAIN.raw_os_error()];
@@ -31,8 +31,6 @@ pub(super) struct Vcpu {
     fd: Arc<Mutex<VcpuFd>>,
     thread: JoinHandle<()>,
 }
-
-extern "C" fn interrupt(_: std::ffi::c_int, _: *mut libc::siginfo_t, _: *mut std::ffi::c_void) {}
 
 impl Vcpu {
     /// Start its thread, which waits at the gate.
@@ -53,8 +51,7 @@ impl Vcpu {
 
     /// Make it look whether it is to stop.
     pub(super) fn kick(&self) {
-        // It fails for a thread that has ended, which needs no kick.
-        let _ = self.thread.kill(SIGRTMIN());
+        interrupt::send(&self.thread);
     }
 
     /// Work with a vCPU that is stopped; one that runs is waited for.
@@ -101,8 +98,7 @@ impl Runner {
     }
 
     fn prepare(&self) -> Result<()> {
-        register_signal_handler(SIGRTMIN(), interrupt)
-            .map_err(|e| Error::os("sigaction", std::io::Error::from_raw_os_error(e.errno())))?;
+        interrupt::prepare()?;
         if self.shared.requester.is_some() {
             self.shared.ram.vm().set_vcpu_exits(true)?;
         }

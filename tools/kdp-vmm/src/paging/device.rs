@@ -10,10 +10,9 @@ use std::thread;
 use kvm_demand_paging::{
     AliasMap, FaultExit, GuestMap, Memfd, PageRange, PresentBitmap, Reason, Vm,
 };
-use rustix::io::Errno;
 
 use super::claims::Claims;
-use super::{Counters, Handler, Memory, Pager, Stopper};
+use super::{read_events, Counters, EndFlag, Handler, Memory, Pager};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::source::Source;
@@ -41,7 +40,6 @@ pub(super) struct DevicePager {
 impl DevicePager {
     pub(super) fn new(exits: bool, memory: &Memory, source: Arc<dyn Source>) -> Result<Self> {
         let vm = Vm::open()?;
-        vm.set_nonblocking(true)?;
         let memfd = Memfd::create("kdp-vmm-guest", memory.backing, memory.bytes)?;
         let memslot = vm
             .create_memslot(SLOT, &memfd)
@@ -128,17 +126,10 @@ impl DevicePager {
         Ok(PageRange::from(page - before..page + 1 + after))
     }
 
-    fn handle(&self, stop: &Stopper) -> Result<()> {
+    fn handle(&self, end: &EndFlag) -> Result<()> {
         let mut events = Vec::new();
-        let reader = stop.reader(&self.vm)?;
-        while reader.wait()? {
-            events.clear();
-            match self.vm.read_events(&mut events, usize::MAX) {
-                Err(e) if e.errno() == Some(Errno::AGAIN.raw_os_error()) => {}
-                other => {
-                    other?;
-                }
-            }
+        while !end.is_set() {
+            read_events(&self.vm, &mut events)?;
             for event in &events {
                 self.counters.add_event();
                 self.fill(event.page)?;
@@ -200,7 +191,7 @@ impl Pager for DevicePager {
     fn handlers(self: Arc<Self>) -> Vec<Handler> {
         let work = |_| -> Handler {
             let pager = self.clone();
-            Box::new(move |stop| pager.handle(stop))
+            Box::new(move |end| pager.handle(end))
         };
         (0..self.readers).map(work).collect()
     }

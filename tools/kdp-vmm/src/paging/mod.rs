@@ -4,7 +4,7 @@ mod claims;
 mod device;
 mod file;
 mod floor;
-mod stopper;
+mod reader;
 mod uffd;
 mod uffd_sys;
 
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use kvm_demand_paging::{AliasMap, Backing, PageRange};
 
-pub use self::stopper::Stopper;
+pub use self::reader::{read_events, EndFlag, ReaderThread};
 use crate::error::{Error, Result};
 use crate::memory::{populate_range, GuestMemory, PAGE_SIZE};
 use crate::source::Source;
@@ -141,8 +141,8 @@ pub trait Pager: Send + Sync {
     }
 }
 
-/// A handler thread's work, until it is stopped.
-pub type Handler = Box<dyn FnOnce(&Stopper) -> Result<()> + Send>;
+/// A handler thread's work, until it is ended.
+pub type Handler = Box<dyn FnOnce(&EndFlag) -> Result<()> + Send>;
 
 /// The memory that a pager fills.
 #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvm_demand_paging::{AliasMap, Memfd, PageRange};
 
 use super::uffd_sys::{Faults, Userfaultfd};
-use super::{Counters, Handler, Memory, Pager, Stopper};
+use super::{Counters, EndFlag, Handler, Memory, Pager};
 use crate::error::Result;
 use crate::memory::{buffer, GuestMemory, PAGE_SIZE};
 use crate::source::Source;
@@ -58,14 +58,13 @@ impl UffdPager {
         })
     }
 
-    fn handle(&self, uffd: &Userfaultfd, stop: &Stopper) -> Result<()> {
+    fn handle(&self, uffd: &Userfaultfd, end: &EndFlag) -> Result<()> {
         // Two vCPUs that fault on one page make two events. A second copy could undo what the guest wrote
         // after the first.
         let mut placed = vec![false; (self.guest.len() as u64 / self.page_size) as usize];
         let staging = buffer(self.page_size)?;
         let mut offsets = Vec::new();
-        let reader = stop.reader(uffd)?;
-        while reader.wait()? {
+        while !end.is_set() {
             uffd.read_faults(&self.guest, &mut offsets)?;
             for &offset in &offsets {
                 self.counters.add_event();
@@ -112,7 +111,7 @@ impl Pager for UffdPager {
     fn handlers(self: Arc<Self>) -> Vec<Handler> {
         let work = |n: usize| -> Handler {
             let pager = self.clone();
-            Box::new(move |stop| pager.handle(&pager.uffds[n], stop))
+            Box::new(move |end| pager.handle(&pager.uffds[n], end))
         };
         (0..self.uffds.len()).map(work).collect()
     }

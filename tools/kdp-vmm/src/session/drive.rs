@@ -10,7 +10,7 @@ use kvm_demand_paging::PrefetchWindow;
 
 use crate::error::{Error, Result};
 use crate::memory::PAGE_SIZE;
-use crate::paging::{Mode, Pager, Stopper};
+use crate::paging::{Mode, Pager, ReaderThread};
 use crate::vcpu::{Stop, Vcpu};
 
 /// What one vCPU did.
@@ -51,17 +51,16 @@ pub fn drive(
 ) -> Result<Vec<Outcome>> {
     let prefetch = mode.prefetch();
     let (sender, receiver) = mpsc::channel();
-    let stopper = Arc::new(Stopper::new()?);
     let handlers = pager.clone().handlers().into_iter().map(|work| {
-        let (stopper, sender) = (stopper.clone(), sender.clone());
-        thread::spawn(move || {
-            if let Err(e) = work(&stopper) {
+        let sender = sender.clone();
+        ReaderThread::spawn(move |end| {
+            if let Err(e) = work(end) {
                 // Nobody listens any more when the session has failed for another reason.
                 let _ = sender.send(Message::HandlerFailed(e));
             }
         })
     });
-    let handlers: Vec<_> = handlers.collect();
+    let handlers = handlers.collect::<Result<Vec<_>>>()?;
     let barrier = Arc::new(Barrier::new(vcpus.len()));
     let mut running: BTreeSet<u64> = vcpus.iter().map(Vcpu::number).collect();
     for vcpu in vcpus {
@@ -99,12 +98,7 @@ pub fn drive(
             }
         }
     }
-    stopper.stop()?;
-    for handler in handlers {
-        handler
-            .join()
-            .map_err(|_| Error::invalid("the handler thread panicked"))?;
-    }
+    handlers.into_iter().try_for_each(ReaderThread::end)?;
     outcomes.sort_by_key(|outcome| outcome.vcpu);
     Ok(outcomes)
 }
