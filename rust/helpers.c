@@ -289,8 +289,8 @@ static long kdp_allocate_huge(struct file *memfd, pgoff_t index)
 				      huge_page_size(hstate_file(memfd)));
 }
 
-static long pin_folio(struct file *memfd, pgoff_t index, struct folio **folio,
-		      pgoff_t *offset)
+static __always_inline long pin_folio(struct file *memfd, pgoff_t index,
+				      struct folio **folio, pgoff_t *offset)
 {
 	loff_t start = (loff_t)index << PAGE_SHIFT;
 
@@ -306,8 +306,9 @@ static long pin_folio(struct file *memfd, pgoff_t index, struct folio **folio,
  * touches the same page. Those who come for the first time do not wait, so it may
  * take more than one try. A leaf but for the memfd's own locks.
  */
-static long pin_folio_alone(struct file *memfd, pgoff_t index,
-			    struct folio **folio, pgoff_t *offset)
+static noinline __cold long pin_folio_alone(struct file *memfd, pgoff_t index,
+					    struct folio **folio,
+					    pgoff_t *offset)
 {
 	static DEFINE_MUTEX(alone);
 	int tries = 10;
@@ -321,8 +322,9 @@ static long pin_folio_alone(struct file *memfd, pgoff_t index,
 	return n;
 }
 
-static long kdp_pin_folio(struct file *memfd, pgoff_t index,
-			  struct folio **folio, pgoff_t *offset)
+/* In line: every fault that brings a page in comes here. */
+static __always_inline long kdp_pin_folio(struct file *memfd, pgoff_t index,
+					  struct folio **folio, pgoff_t *offset)
 {
 	long n = pin_folio(memfd, index, folio, offset);
 
