@@ -109,6 +109,23 @@ impl Console {
         Ok(())
     }
 
+    /// Wait until its load has looked at all that it has written, as it does now and then.
+    pub fn wait_whole_check(&self) -> Result {
+        const EVERY: u64 = 16;
+        let deadline = Instant::now() + PATIENCE;
+        let before = self.rounds().last().map_or(0, |round| round.number);
+        let is_whole = |round: &Round| round.number > before && round.number % EVERY == 0;
+        while !self.rounds().iter().any(is_whole) {
+            ensure!(
+                Instant::now() < deadline,
+                "the guest has not checked everything within {PATIENCE:?}. Its console:\n{}",
+                self.all()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
     /// No page was wrong, no round is missing or twice, no kernel complained.
     pub fn check(&self) -> Result {
         let text = self.all();

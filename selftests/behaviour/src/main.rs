@@ -29,6 +29,7 @@ mod task;
 mod tests;
 mod tun;
 mod vhost;
+mod vmm;
 
 use std::process::ExitCode;
 

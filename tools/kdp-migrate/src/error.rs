@@ -60,7 +60,8 @@ impl Error {
 }
 
 /// Where the guest of a source is after a failure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Guest {
     /// It runs here, as before.
     RunsHere,
@@ -68,6 +69,18 @@ pub enum Guest {
     HandedOver,
     /// It stopped here and could not be made to run again; it does not run at the destination either.
     StoppedHere,
+}
+
+impl fmt::Display for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::RunsHere => "the guest runs on here",
+            Self::HandedOver => {
+                "the guest was handed over and does not run here any more: look at the destination"
+            }
+            Self::StoppedHere => "the guest is stopped here, and runs nowhere",
+        })
+    }
 }
 
 /// A migration that failed, at its source.
@@ -81,14 +94,7 @@ pub struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let guest = match self.guest {
-            Guest::RunsHere => "the guest runs on here",
-            Guest::HandedOver => {
-                "the guest was handed over and does not run here any more: look at the destination"
-            }
-            Guest::StoppedHere => "the guest is stopped here, and runs nowhere",
-        };
-        write!(f, "{}; {guest}", self.error)
+        write!(f, "{}; {}", self.error, self.guest)
     }
 }
 

@@ -22,6 +22,7 @@
 #![deny(missing_docs)]
 
 pub mod bucket;
+pub mod control;
 mod destination;
 mod error;
 pub mod hints;

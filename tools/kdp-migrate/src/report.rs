@@ -3,7 +3,7 @@
 use crate::rounds::Why;
 
 /// How far a migration is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// There is no connection yet.
@@ -18,8 +18,21 @@ pub enum Phase {
     Done,
 }
 
+impl Phase {
+    /// As it is written for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::PreCopy => "pre-copy",
+            Self::Switch => "switch",
+            Self::PostCopy => "post-copy",
+            Self::Done => "done",
+        }
+    }
+}
+
 /// What a progress callback is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Progress {
     /// How far it is.
     pub phase: Phase,
@@ -34,7 +47,7 @@ pub struct Progress {
 }
 
 /// Pages by how they travelled. A page that was sent twice counts twice.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Paths {
     /// In pre-copy.
     pub precopy: u64,
@@ -49,7 +62,7 @@ pub struct Paths {
 }
 
 /// What a source has done.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct SourceReport {
     /// The migration's id.
     pub id: String,
@@ -86,7 +99,7 @@ pub struct SourceReport {
 }
 
 /// What a destination has done.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DestinationReport {
     /// The migration's id.
     pub id: String,

@@ -27,7 +27,7 @@ impl Default for Rule {
 }
 
 /// Why pre-copy ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Why {
     /// What remains can be sent within the allowed downtime.

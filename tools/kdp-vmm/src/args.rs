@@ -57,7 +57,8 @@ pub enum Command {
     ///
     /// The guest has a serial console and a virtio balloon, and lives in its initramfs: there is no disk. Its memory is a
     /// memslot of the device; pages that it reports as free are given back. The exit status is 0 if the guest resets its
-    /// machine (reboot, or a panic), 1 if it ends in another way, 2 if it could not be run, or did not end in time.
+    /// machine (reboot, or a panic), or has moved to another VMM; 1 if it ends in another way, or was lost on the way; 2 if it
+    /// could not be run, lacks a page that will never come, or did not end in time.
     Linux(LinuxArgs),
 
     /// Write the man pages
@@ -131,12 +132,26 @@ pub struct RunArgs {
 #[derive(ClapArgs)]
 pub struct LinuxArgs {
     /// The kernel: a bzImage
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "incoming")]
+    pub kernel: Option<PathBuf>,
 
     /// Its initramfs
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     pub initrd: Option<PathBuf>,
+
+    /// Do not boot: wait here for a guest from another kdp-vmm, which 'kdp migrate' moves. Port 0: any free one. vCPUs come
+    /// with the guest; memory must be of the same size, and may be made of something else
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "kernel")]
+    pub incoming: Option<String>,
+
+    /// Listen at this Unix socket for 'kdp migrate' and others: commands and replies are lines of JSON
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// With --incoming: seconds without a connection, or without a page that was asked for, after which the rest of a guest
+    /// is given up [default: 60]
+    #[arg(long, value_name = "SECONDS", requires = "incoming", value_parser = parse_seconds)]
+    pub give_up: Option<f64>,
 
     /// Guest memory in bytes; K, M and G may follow
     #[arg(long, value_parser = parse_size, default_value = "256M", value_name = "SIZE")]
@@ -147,11 +162,21 @@ pub struct LinuxArgs {
     pub backing: BackingArg,
 
     /// vCPUs
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        conflicts_with = "incoming"
+    )]
     pub vcpus: u8,
 
     /// What comes behind the kernel command line that the machine itself needs
-    #[arg(long, default_value = "", value_name = "TEXT")]
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "TEXT",
+        conflicts_with = "incoming"
+    )]
     pub append: String,
 
     /// Seconds that the guest may take; without this, any number
@@ -176,6 +201,14 @@ impl RunArgs {
             timeout: Duration::from_secs(self.timeout),
             ..Config::default()
         }
+    }
+}
+
+/// A number of seconds, with a fraction or without.
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(seconds),
+        _ => Err("seconds are a number such as 0.5 or 60, at most 1000000".to_owned()),
     }
 }
 

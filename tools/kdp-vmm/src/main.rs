@@ -1,6 +1,7 @@
 //! `kdp-vmm`: run a tiny guest in memory that is paged in on demand, and verify what it saw.
 
 mod args;
+mod linux_command;
 mod output;
 
 use std::fs::File;
@@ -11,12 +12,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
-use kdp_vmm::linux::{End, Kernel, Machine, Ram, Setup};
 use kdp_vmm::{
     fill_page, session, Backing, Error, Image, Mode, Remote, Source, MIN_GPA, PAGE_SIZE,
 };
 
-use crate::args::{Args, Command, LinuxArgs, RunArgs};
+use crate::args::{Args, Command, RunArgs};
 
 /// How long a page of a source may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,6 +26,11 @@ const CLOCK_PAGES: u64 = 512;
 const CLOCK_READS: u64 = 10_000;
 
 fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::level_filters::LevelFilter::WARN)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
     let result = match Args::parse().command {
         Command::Run(run) => run_guest(&run),
         Command::Image { file, memory, seed } => write_image(&file, memory, seed),
@@ -34,7 +39,7 @@ fn main() -> ExitCode {
             backing,
             page,
         } => run_clock(mode, backing.into(), page),
-        Command::Linux(linux) => run_linux(linux),
+        Command::Linux(linux) => linux_command::run(linux),
         Command::Man { dir } => write_man_pages(&dir),
     };
     match result {
@@ -74,32 +79,6 @@ fn run_clock(mode: Mode, backing: Backing, page: u64) -> Result<ExitCode, Error>
     } else {
         ExitCode::FAILURE
     })
-}
-
-fn run_linux(args: LinuxArgs) -> Result<ExitCode, Error> {
-    let ram = Arc::new(Ram::create(args.backing.into(), args.memory)?);
-    let kernel = Kernel {
-        image: args.kernel,
-        initrd: args.initrd,
-        append: args.append,
-    };
-    let setup = Setup {
-        console: Box::new(io::stdout()),
-        requester: None,
-    };
-    let mut machine = Machine::boot(ram, args.vcpus, &kernel, setup)?;
-    machine.start()?;
-    match machine.wait(args.timeout.map(Duration::from_secs))? {
-        Some(End::Reset) => Ok(ExitCode::SUCCESS),
-        Some(end) => {
-            eprintln!("{end}");
-            Ok(ExitCode::FAILURE)
-        }
-        None => Err(Error::TimedOut {
-            seconds: args.timeout.unwrap_or_default(),
-            waiting: "it still runs".to_owned(),
-        }),
-    }
 }
 
 fn write_image(path: &Path, bytes: u64, seed: u64) -> Result<ExitCode, Error> {

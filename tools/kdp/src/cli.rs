@@ -39,6 +39,7 @@ pub enum Command {
     Heal(HealArgs),
     List(ListArgs),
     Replace(ReplaceArgs),
+    Migrate(MigrateArgs),
     #[command(hide = true)]
     Man(ManArgs),
 }
@@ -258,6 +259,43 @@ pub struct ListArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Move a running guest to another VMM: pre-copy, then post-copy
+///
+/// It goes from a VMM that listens at a control socket (kdp-vmm linux --control) to one that waits for it
+/// (kdp-vmm linux --incoming). What is left after a few rounds follows while the guest runs there already. To end this
+/// command does not end the migration. Nothing is encrypted and nobody is authenticated: use a network of your own, or a
+/// tunnel.
+#[derive(Args)]
+pub struct MigrateArgs {
+    /// The control socket of the VMM that has the guest
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
+    pub from: PathBuf,
+    /// Where the other VMM waits for it, as that VMM is reached from the first one
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+    /// The most bytes a second that are sent (K, M, G); pages that the guest waits for do not wait for it
+    #[arg(long, value_name = "BYTES", value_parser = units::bytes)]
+    pub bandwidth: Option<u64>,
+    /// Stop the guest when the rest can be sent in so many milliseconds [default: 100]
+    #[arg(long, value_name = "MS")]
+    pub downtime: Option<u64>,
+    /// Rounds of pre-copy at most; 0: every page follows after the guest [default: 8]
+    #[arg(long, value_name = "N")]
+    pub rounds: Option<u32>,
+    /// Do not ask the guest which pages are free
+    #[arg(long)]
+    pub no_hints: bool,
+    /// Seconds without a connection that works after which it is given up [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub give_up: Option<f64>,
+    /// Print the report as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Show no progress bar
+    #[arg(short, long)]
+    pub quiet: bool,
 }
 
 /// Replace huge pages that have memory errors by fresh ones, with the guest running

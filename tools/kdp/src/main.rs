@@ -6,6 +6,7 @@ mod fdinfo;
 mod handle;
 mod keep;
 mod man;
+mod migrate;
 mod poison;
 mod ready;
 mod restore;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Heal(args) => poison::heal(&args),
         Command::List(args) => poison::list(&args),
         Command::Replace(args) => poison::replace(&args),
+        Command::Migrate(args) => migrate::run(&args),
         Command::Man(args) => man::run(&args),
     };
     match result {

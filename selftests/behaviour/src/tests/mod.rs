@@ -25,6 +25,7 @@ mod lifetime_shared;
 mod limit;
 mod linux;
 mod memory_error;
+mod migrate;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -80,6 +81,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         source_near::TESTS,
         limit::TESTS,
         linux::TESTS,
+        migrate::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -28,10 +28,9 @@ fn serve(ram: &Ram, requester: &dyn PageRequester, end: &EndFlag) -> Result<()> 
     let mut events = Vec::new();
     while !end.is_set() {
         read_events(ram.vm(), &mut events)?;
-        for event in events
-            .iter()
-            .filter(|event| event.kind == EventKind::Absent)
-        {
+        events.retain(|event| event.kind == EventKind::Absent);
+        events.iter().for_each(|event| requester.ask(event.page));
+        for event in &events {
             requester.fetch(event.page).map_err(|e| {
                 Error::invalid(format!(
                     "page {}, which {:?} waits for, will never come: {e}",

@@ -126,6 +126,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Whether the guest has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.lock().ended
+    }
+
     /// How the guest has ended, told once; nothing if it has not within that time.
     pub(super) fn ended(&self, within: Option<Duration>) -> Result<Option<End>> {
         let deadline = within.map(|within| Instant::now() + within);

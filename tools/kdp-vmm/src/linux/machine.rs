@@ -277,9 +277,29 @@ impl Machine {
         Ok(())
     }
 
+    /// Whether the guest has ended.
+    pub fn has_ended(&self) -> bool {
+        self.gate.has_ended()
+    }
+
     /// Wait until the guest has ended, and how it did; nothing if it has not within that time. An end is told once.
     pub fn wait(&self, within: Option<Duration>) -> Result<Option<End>> {
         self.gate.ended(within)
+    }
+
+    /// To wait for its end without it.
+    pub fn ending(&self) -> Ending {
+        Ending(self.gate.clone())
+    }
+}
+
+/// The end of a machine's guest.
+pub struct Ending(Arc<Gate>);
+
+impl Ending {
+    /// As [`Machine::wait`].
+    pub fn wait(&self, within: Option<Duration>) -> Result<Option<End>> {
+        self.0.ended(within)
     }
 }
 

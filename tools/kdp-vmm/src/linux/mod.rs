@@ -31,6 +31,7 @@ mod events;
 mod gate;
 mod layout;
 mod machine;
+mod migration;
 mod mp_table;
 mod ram;
 mod state;
@@ -38,11 +39,17 @@ mod vcpu;
 
 pub use boot::Kernel;
 pub use devices::{Balloon, Console, HintSink, Statistics};
-pub use machine::{Machine, Setup};
+pub use machine::{Ending, Machine, Setup};
+pub use migration::{Incoming, Outgoing};
 pub use ram::{Ram, MAX_MEMORY, MIN_MEMORY};
 
 /// Who fetches the pages of a guest whose memory is elsewhere.
 pub trait PageRequester: Send + Sync {
+    /// The page will be fetched: time to begin, but not to wait.
+    fn ask(&self, page: u64) {
+        let _ = page;
+    }
+
     /// Returns when the page is there, whoever has brought it, or says why it never will be: then the guest is stopped.
     ///
     /// It is called by several threads at once, for one page, too.

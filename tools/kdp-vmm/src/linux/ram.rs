@@ -6,7 +6,9 @@
 use std::num::NonZeroUsize;
 use std::sync::{PoisonError, RwLock};
 
-use kvm_demand_paging::{Backing, GuestMap, Memfd, Memslot, PageRange, Paging, PresentBitmap, Vm};
+use kvm_demand_paging::{
+    Backing, GuestMap, Memfd, Memslot, PageRange, Paging, Placed, PresentBitmap, Vm,
+};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
@@ -128,6 +130,23 @@ impl Ram {
         (first < end).then(|| PageRange::from(first..end))
     }
 
+    /// Give absent pages their bytes, and leave others alone.
+    pub(crate) fn place(&self, first: u64, bytes: &[u8]) -> Result<Vec<Placed>> {
+        // Between absent and zero a page that is given back would seem to be one that has not come.
+        let _same = self.discards.read().unwrap_or_else(PoisonError::into_inner);
+        Ok(self.vm.place(self.slot_id, first, bytes)?)
+    }
+
+    /// Make pages absent, and forget what is in them.
+    pub(crate) fn empty(&self, range: PageRange) -> Result<()> {
+        let _alone = self
+            .discards
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.vm.mark_absent(self.slot_id, &[range])?;
+        self.punch(range)
+    }
+
     /// Give pages back: they take no memory, and read as zeros when they are touched next. The guest has promised not
     /// to use what is in them.
     pub(crate) fn discard(&self, range: PageRange) -> Result<()> {
@@ -138,22 +157,23 @@ impl Ram {
         *discards += 1;
         // A hole is punched while nobody has the page: what a touch brings in afterwards is in the memfd, too.
         self.vm.mark_absent(self.slot_id, &[range])?;
-        if let Some(whole) = self.whole_backing_pages(range) {
-            self.memfd.punch_hole(whole)?;
-        }
+        self.punch(range)?;
         self.vm.mark_zero(self.slot_id, &[range])?;
         self.note_dirty(range);
         Ok(())
     }
 
-    /// Of a huge page a part cannot be given back: that part only becomes zeros.
-    fn whole_backing_pages(&self, range: PageRange) -> Option<PageRange> {
+    /// Of a huge page a part cannot be given back: that part keeps what is in it, for nobody to see.
+    fn punch(&self, range: PageRange) -> Result<()> {
         let unit = self.memfd.page_size() / PAGE_SIZE;
         let (first, end) = (
             range.first.next_multiple_of(unit),
             range.end() / unit * unit,
         );
-        (first < end).then(|| PageRange::from(first..end))
+        if first < end {
+            self.memfd.punch_hole(PageRange::from(first..end))?;
+        }
+        Ok(())
     }
 
     /// Whether pages were given back since `seen`, which becomes the number of now. A page that was found absent since

@@ -2,7 +2,7 @@
 //!
 //! The `userfaultfd` crate would do, but it brings a second bindgen and a second errno crate into the build.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvm_demand_paging::AliasMap;
 use rustix::io::Errno;
@@ -83,9 +83,15 @@ pub(super) struct Userfaultfd {
     fd: OwnedFd,
 }
 
+impl AsFd for Userfaultfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Userfaultfd {
     pub(super) fn new(faults: Faults) -> Result<Self> {
-        let flags = UserfaultfdFlags::CLOEXEC;
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         // SAFETY: what the fd does to memory is up to the ranges that are registered later.
         let fd = unsafe { userfaultfd(flags) }.map_err(|e| {
             Error::os(
@@ -127,14 +133,13 @@ impl Userfaultfd {
             .map_err(|e| Error::os("UFFDIO_REGISTER", e))
     }
 
-    /// Replace `offsets` by those of the faults on `memory` that come next. There are none if a
-    /// signal came first.
+    /// Replace `offsets` by those of the faults on `memory` that are to be read now, perhaps none.
     pub(super) fn read_faults(&self, memory: &AliasMap, offsets: &mut Vec<u64>) -> Result<()> {
         let mut buffer = [0; 64 * MSG_SIZE];
         offsets.clear();
         let len = match rustix::io::read(&self.fd, &mut buffer) {
             Ok(len) => len,
-            Err(Errno::INTR) => return Ok(()),
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
             Err(e) => return Err(Error::os("read from a userfaultfd", e)),
         };
         let base = memory.as_ptr() as u64;
