@@ -22,6 +22,14 @@ pub enum Error {
         /// Its words.
         text: String,
     },
+    /// The other side speaks another version of the protocol.
+    #[error("the {peer} is of another release: {what}")]
+    Version {
+        /// Who.
+        peer: &'static str,
+        /// Which version, and which is spoken here.
+        what: String,
+    },
     /// There was no working connection for too long.
     #[error("the {peer} was not to be reached for {seconds:.1} s, the last time because: {why}")]
     Lost {

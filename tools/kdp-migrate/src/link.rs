@@ -22,6 +22,8 @@ pub(crate) const TICK: Duration = Duration::from_millis(10);
 pub(crate) enum End {
     /// The network, or bytes that make no sense: a new connection may help.
     Broken(String),
+    /// The other side speaks another version of the protocol.
+    Version(String),
     /// The other side said so.
     Refused { code: u32, text: String },
 }
@@ -34,7 +36,10 @@ impl From<io::Error> for End {
 
 impl From<Bad> for End {
     fn from(bad: Bad) -> Self {
-        Self::Broken(bad.what)
+        match bad.code {
+            Code::Version => Self::Version(bad.what),
+            _ => Self::Broken(bad.what),
+        }
     }
 }
 

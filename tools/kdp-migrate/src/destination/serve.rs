@@ -36,6 +36,7 @@ impl From<crate::link::End> for Fault {
     fn from(end: crate::link::End) -> Self {
         match end {
             crate::link::End::Broken(why) => Self::Broken(why),
+            crate::link::End::Version(what) => Self::Bad(Code::Version, what),
             crate::link::End::Refused { code, text } => Self::Failed(Error::Refused {
                 peer: "source",
                 code,

@@ -197,10 +197,7 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             match step {
                 Ok(()) => {}
                 Err(Stop::Fatal(error)) => return Err(error),
-                Err(Stop::Connection(End::Refused { code, text })) => {
-                    return Err(refused(code, text))
-                }
-                Err(Stop::Connection(End::Broken(why))) => self.connect(why)?,
+                Err(Stop::Connection(end)) => self.connect(why_again(end)?)?,
             }
         }
         Ok(())
@@ -558,8 +555,7 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             };
             match Connection::dial(self.address, &hello, self.id, self.options.stall) {
                 Ok(connection) => break connection,
-                Err(End::Refused { code, text }) => return Err(refused(code, text)),
-                Err(End::Broken(new)) => why = new,
+                Err(end) => why = why_again(end)?,
             }
             if since.elapsed() + backoff > self.options.give_up {
                 return Err(lost(since, why));
@@ -680,11 +676,13 @@ fn never_sent(bad: crate::schedule::NeverSent) -> Stop {
     .into()
 }
 
-fn refused(code: u32, text: String) -> Error {
-    Error::Refused {
-        peer: "destination",
-        code,
-        text,
+/// Why a connection is made again; an error if that would not help.
+fn why_again(end: End) -> Result<String, Error> {
+    let peer = "destination";
+    match end {
+        End::Broken(why) => Ok(why),
+        End::Version(what) => Err(Error::Version { peer, what }),
+        End::Refused { code, text } => Err(Error::Refused { peer, code, text }),
     }
 }
 

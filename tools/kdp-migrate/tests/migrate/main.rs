@@ -11,8 +11,8 @@ mod vm;
 
 use guest::PAGE;
 use kdp_migrate::{
-    rounds::Rule, wire::Message, wire::Stage, Destination, DestinationOptions, DestinationReport,
-    Error, Failure, Guest, MigrationId, Source, SourceOptions, SourceReport,
+    rounds::Rule, wire, wire::Message, wire::Stage, Destination, DestinationOptions,
+    DestinationReport, Error, Failure, Guest, MigrationId, Source, SourceOptions, SourceReport,
 };
 use kvm_demand_paging::PageRange;
 use peer::{Heard, Peer};
@@ -336,7 +336,7 @@ fn a_destination_that_hangs_at_the_switch_gives_the_guest_back() {
     let run = leave(&from, options, address);
     let (mut stream, _) = listener.accept().unwrap();
     let mut welcome = Vec::new();
-    kdp_migrate::wire::encode(
+    wire::encode(
         &Message::Welcome {
             id: MigrationId([7; 16]),
             stage: Stage::Copying,
@@ -353,6 +353,36 @@ fn a_destination_that_hangs_at_the_switch_gives_the_guest_back() {
 }
 
 #[test]
+fn a_destination_of_another_release_is_refused_at_once() {
+    let from = SourceVm::boot(1, false);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let id = MigrationId([7; 16]);
+    let options = SourceOptions {
+        id: Some(id),
+        ..source_options()
+    };
+    let run = leave(&from, options, address);
+    let (mut stream, _) = listener.accept().unwrap();
+    let welcome = Message::Welcome {
+        id,
+        stage: Stage::Copying,
+        had: 0,
+    };
+    let bytes = peer::of_version(&welcome, wire::VERSION + 1);
+    std::io::Write::write_all(&mut stream, &bytes).unwrap();
+    let failure = run.join().unwrap().unwrap_err();
+    assert_eq!(failure.guest, Guest::RunsHere, "{failure}");
+    assert!(
+        matches!(failure.error, Error::Version { .. }),
+        "{}",
+        failure.error
+    );
+    assert!(from.is_running());
+    assert!(from.off().is_empty());
+}
+
+#[test]
 fn a_wrong_peer_is_refused_and_the_right_one_still_comes() {
     let right = MigrationId([1; 16]);
     let to = there(DestinationOptions {
@@ -363,6 +393,16 @@ fn a_wrong_peer_is_refused_and_the_right_one_still_comes() {
     assert_eq!(heard, Heard::Error(4));
     let (_, heard) = Peer::greet(to.address, right, true);
     assert_eq!(heard, Heard::Error(4), "nothing was begun that could go on");
+    for version in [wire::VERSION - 1, wire::VERSION + 1] {
+        let mut peer = Peer::connect(to.address);
+        let hello = Message::Hello {
+            id: right,
+            resume: false,
+            layout: vm::layout(12),
+        };
+        peer.bytes(&peer::of_version(&hello, version));
+        assert_eq!(peer.hear(), Heard::Error(1));
+    }
     for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 5000], &[0; 100]] {
         let mut peer = Peer::connect(to.address);
         peer.bytes(garbage);
@@ -416,10 +456,10 @@ fn a_page_that_is_wrong_is_asked_for_again() {
         let mut bytes = Vec::new();
         let message = Message::Pages {
             pages: PageRange::page(33),
-            reason: kdp_migrate::wire::Reason::Requested,
-            data: kdp_migrate::wire::Data::Bytes(&[5; PAGE]),
+            reason: wire::Reason::Requested,
+            data: wire::Data::Bytes(&[5; PAGE]),
         };
-        kdp_migrate::wire::encode(&message, &mut bytes);
+        wire::encode(&message, &mut bytes);
         bytes[500] ^= 1;
         peer.bytes(&bytes);
         assert_eq!(peer.hear(), Heard::Closed);
@@ -462,8 +502,8 @@ fn a_page_that_comes_twice_is_placed_once() {
         peer.page(40, &[3; PAGE]);
         peer.send(&Message::Pages {
             pages: PageRange::new(39, 3),
-            reason: kdp_migrate::wire::Reason::Background,
-            data: kdp_migrate::wire::Data::Bytes(&[4; 3 * PAGE]),
+            reason: wire::Reason::Background,
+            data: wire::Data::Bytes(&[4; 3 * PAGE]),
         });
         assert_eq!(to.vm.touch(41, |bytes| bytes[100]), Ok(4));
         assert_eq!(to.vm.touch(40, |bytes| bytes[100]), Ok(2));

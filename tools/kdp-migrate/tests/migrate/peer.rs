@@ -151,6 +151,16 @@ impl Peer {
     }
 }
 
+/// A message as a peer of another release would send it: its version is the first number behind the magic.
+pub fn of_version(message: &Message<'_>, version: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    wire::encode(message, &mut bytes);
+    bytes[wire::HEADER + 8..][..4].copy_from_slice(&version.to_le_bytes());
+    let crc = crc(&[&bytes[..8], &bytes[wire::HEADER..]].concat());
+    bytes[8..wire::HEADER].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
 /// CRC-32, bit by bit: that the library's is that one is worth knowing.
 fn crc(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| {
