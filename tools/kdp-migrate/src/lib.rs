@@ -12,7 +12,7 @@
 //!                                      ◄──   ready
 //!   go: the point of no return         ──►   the guest runs
 //!   pages, requested ones first        ◄─►   requests, acks
-//!   all sent                           ──►   done
+//!   all sent                           ──►   done, with what only the destination can measure
 //! ```
 //!
 //! The rules are pure logic, a file each: [`hints`] (what a free-page hint is worth), [`rounds`] (when pre-copy ends),
@@ -46,7 +46,7 @@ pub use machine::{Content, DestinationMachine, Placed, SourceMachine};
 pub use misses::Misses;
 pub use options::{DestinationOptions, SourceOptions};
 pub use pages::PageSet;
-pub use report::{DestinationReport, Paths, Phase, Progress, SourceReport};
+pub use report::{DestinationFigures, DestinationReport, Paths, Phase, Progress, SourceReport};
 pub use source::Source;
 pub use wire::MigrationId;
 

@@ -1,6 +1,6 @@
 //! What a migration has done, and does.
 
-use crate::rounds::Why;
+use crate::{rounds::Why, wire::Figures};
 
 /// How far a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -61,6 +61,37 @@ pub struct Paths {
     pub lost: u64,
 }
 
+/// What a source was told by the destination at the end: figures that only that one knows. They are those of its
+/// [`DestinationReport`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct DestinationFigures {
+    /// Pages that somebody touched and had to wait for.
+    pub faults: u64,
+    /// From a touch to the page: the median, in microseconds.
+    pub fault_p50_us: u64,
+    /// The same, the 99th percentile.
+    pub fault_p99_us: u64,
+    /// The same, the longest.
+    pub fault_max_us: u64,
+    /// Pages that came when they were present already, and were left as they are.
+    pub pages_too_late: u64,
+    /// From the order to run to the last page, in milliseconds.
+    pub postcopy_ms: f64,
+}
+
+impl From<Figures> for DestinationFigures {
+    fn from(figures: Figures) -> Self {
+        Self {
+            faults: figures.faults,
+            fault_p50_us: figures.fault_p50_us,
+            fault_p99_us: figures.fault_p99_us,
+            fault_max_us: figures.fault_max_us,
+            pages_too_late: figures.pages_too_late,
+            postcopy_ms: figures.postcopy_us as f64 / 1000.0,
+        }
+    }
+}
+
 /// What a source has done.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct SourceReport {
@@ -96,6 +127,8 @@ pub struct SourceReport {
     pub downtime_ms: f64,
     /// From the beginning until the destination had all.
     pub total_ms: f64,
+    /// What the destination told at the end.
+    pub destination: DestinationFigures,
 }
 
 /// What a destination has done.

@@ -8,7 +8,7 @@ use kvm_demand_paging::{PageRange, PAGE_SIZE};
 use std::{fmt, str::FromStr};
 
 /// The protocol's version. Both sides must speak the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The bytes before a frame's payload.
 pub const HEADER: usize = 12;
@@ -172,6 +172,23 @@ pub enum Data<'a> {
     Lost,
 }
 
+/// What only a destination can measure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Pages that somebody touched and had to wait for.
+    pub faults: u64,
+    /// From a touch to the page: the median, in microseconds.
+    pub fault_p50_us: u64,
+    /// The same, the 99th percentile.
+    pub fault_p99_us: u64,
+    /// The same, the longest.
+    pub fault_max_us: u64,
+    /// Pages that came when they were present already.
+    pub pages_too_late: u64,
+    /// From the order to run to the last page, in microseconds.
+    pub postcopy_us: u64,
+}
+
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
@@ -238,7 +255,7 @@ pub enum Message<'a> {
     /// To the destination: every page was sent, or is free.
     AllSent,
     /// To the source: every page is here.
-    Done,
+    Done(Figures),
     /// To the destination: seen.
     Bye,
     /// To the destination: tell that you are there, by an ack.
@@ -403,7 +420,15 @@ pub fn encode(message: &Message<'_>, out: &mut Vec<u8>) {
             ACK
         }
         Message::AllSent => ALL_SENT,
-        Message::Done => DONE,
+        Message::Done(figures) => {
+            to.u64(figures.faults);
+            to.u64(figures.fault_p50_us);
+            to.u64(figures.fault_p99_us);
+            to.u64(figures.fault_max_us);
+            to.u64(figures.pages_too_late);
+            to.u64(figures.postcopy_us);
+            DONE
+        }
         Message::Bye => BYE,
         Message::Ping => PING,
         Message::Error { code, text } => {
@@ -500,7 +525,7 @@ fn parse(kind: u16, payload: &[u8]) -> Result<Option<Message<'_>>, Bad> {
         REQUEST => request(&mut from),
         ACK => from.u64().map(Message::Ack),
         ALL_SENT => Some(Message::AllSent),
-        DONE => Some(Message::Done),
+        DONE => done(&mut from),
         BYE => Some(Message::Bye),
         PING => Some(Message::Ping),
         ERROR => from.u32().map(|code| {
@@ -548,6 +573,17 @@ fn welcome<'a>(from: &mut Fields<'a>, stage: Option<Stage>) -> Option<Message<'a
         id: MigrationId(from.take()?),
         had: from.u64()?,
     })
+}
+
+fn done<'a>(from: &mut Fields<'a>) -> Option<Message<'a>> {
+    Some(Message::Done(Figures {
+        faults: from.u64()?,
+        fault_p50_us: from.u64()?,
+        fault_p99_us: from.u64()?,
+        fault_max_us: from.u64()?,
+        pages_too_late: from.u64()?,
+        postcopy_us: from.u64()?,
+    }))
 }
 
 fn pages<'a>(from: &mut Fields<'a>) -> Option<Message<'a>> {
@@ -642,7 +678,6 @@ mod tests {
             Just(Message::Go),
             Just(Message::Started),
             Just(Message::AllSent),
-            Just(Message::Done),
             Just(Message::Bye),
             Just(Message::Ping),
         ];
@@ -684,6 +719,16 @@ mod tests {
             (any::<u64>(), any::<u32>()).prop_map(|(len, crc)| Message::Prepare { len, crc }),
             prop::collection::vec(range(), 1..20).prop_map(Message::Request),
             any::<u64>().prop_map(Message::Ack),
+            any::<[u64; 6]>().prop_map(|[faults, p50, p99, max, late, postcopy]| {
+                Message::Done(Figures {
+                    faults,
+                    fault_p50_us: p50,
+                    fault_p99_us: p99,
+                    fault_max_us: max,
+                    pages_too_late: late,
+                    postcopy_us: postcopy,
+                })
+            }),
             (any::<u32>(), "[ -~]{0,40}").prop_map(|(code, text)| Message::Error { code, text }),
         ]
     }

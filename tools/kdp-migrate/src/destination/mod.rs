@@ -18,7 +18,7 @@ use std::{
     net::TcpListener,
     sync::{mpsc, Arc, Mutex},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Takes a guest.
@@ -209,8 +209,4 @@ fn accept(listener: &TcpListener) -> Result<Option<std::net::TcpStream>, Error> 
 
 fn millis(time: Duration) -> f64 {
     time.as_micros() as f64 / 1000.0
-}
-
-fn since(moment: Option<Instant>) -> f64 {
-    moment.map_or(0.0, |moment| millis(moment.elapsed()))
 }

@@ -1,13 +1,13 @@
 //! What a destination does with each message, and what it knows over all connections.
 
-use super::{since, Destination, Job, Shared};
+use super::{millis, Destination, Job, Shared};
 use crate::{
     link::{Received, Receiver, Sender},
     lock,
     misses::Misses,
-    wire::{Code, Data, Message, MigrationId, Reason, Stage, MAX_RANGES},
-    DestinationMachine, DestinationReport, Error, Layout, MachineError, PageSet, Paths, Phase,
-    Placed, Progress,
+    wire::{Code, Data, Figures, Message, MigrationId, Reason, Stage, MAX_RANGES},
+    DestinationFigures, DestinationMachine, DestinationReport, Error, Layout, MachineError,
+    PageSet, Paths, Phase, Placed, Progress,
 };
 use kvm_demand_paging::{PageRange, PAGE_SIZE};
 use std::{
@@ -56,6 +56,13 @@ fn malformed(what: impl Into<String>) -> Fault {
     Fault::Bad(Code::Malformed, what.into())
 }
 
+/// All is here: since when, and what was measured until then. A source of a later connection is told the same.
+#[derive(Clone, Copy)]
+struct Complete {
+    at: Instant,
+    figures: Figures,
+}
+
 /// The migration, over all connections.
 pub(super) struct Served<'a, M> {
     destination: &'a Destination<M>,
@@ -77,7 +84,7 @@ pub(super) struct Served<'a, M> {
     connections: u64,
     first: Option<Instant>,
     go: Option<Instant>,
-    complete: Option<Instant>,
+    complete: Option<Complete>,
     // The source of the present connection was told that all is here.
     done_sent: bool,
     broken: Option<Instant>,
@@ -233,7 +240,10 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                         )));
                     }
                 }
-                if self.complete.is_some_and(|at| at.elapsed() > options.stall) {
+                if self
+                    .complete
+                    .is_some_and(|all| all.at.elapsed() > options.stall)
+                {
                     // It was told; that it says no goodbye changes nothing.
                     return Ok(());
                 }
@@ -374,9 +384,10 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             return Ok(());
         }
         if self.misses().count() == self.pages {
-            self.complete.get_or_insert_with(Instant::now);
+            let all = self.complete.unwrap_or_else(|| self.measured());
+            self.complete = Some(all);
             self.done_sent = true;
-            sender.send(&Message::Done)?;
+            sender.send(&Message::Done(all.figures))?;
         }
         Ok(())
     }
@@ -495,29 +506,41 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         (self.progress)(&now);
     }
 
+    fn measured(&self) -> Complete {
+        let (faults, [p50, p99, max]) = self.misses().latency();
+        Complete {
+            at: Instant::now(),
+            figures: Figures {
+                faults,
+                fault_p50_us: p50,
+                fault_p99_us: p99,
+                fault_max_us: max,
+                pages_too_late: self.too_late,
+                postcopy_us: self.go.map_or(0, |go| go.elapsed().as_micros() as u64),
+            },
+        }
+    }
+
     pub(super) fn report(&mut self) -> DestinationReport {
         self.told = None;
         self.show(0);
-        let (faults, [p50, p99, max]) = self.misses().latency();
-        let until = |from: Option<Instant>| match (from, self.complete) {
-            (Some(from), Some(to)) => super::millis(to.saturating_duration_since(from)),
-            (from, None) => since(from),
-            (None, _) => 0.0,
-        };
+        let all = self.complete.unwrap_or_else(|| self.measured());
+        let figures = DestinationFigures::from(all.figures);
+        let total = self.first.map(|first| all.at - first);
         DestinationReport {
             id: self.id.map(|id| id.to_string()).unwrap_or_default(),
             pages: self.pages,
             received: self.received,
             pages_hinted_free: self.hinted,
-            pages_too_late: self.too_late,
+            pages_too_late: figures.pages_too_late,
             bytes_received: self.bytes,
-            faults,
-            fault_p50_us: p50,
-            fault_p99_us: p99,
-            fault_max_us: max,
+            faults: figures.faults,
+            fault_p50_us: figures.fault_p50_us,
+            fault_p99_us: figures.fault_p99_us,
+            fault_max_us: figures.fault_max_us,
             reconnects: self.connections.saturating_sub(1),
-            postcopy_ms: until(self.go),
-            total_ms: until(self.first),
+            postcopy_ms: figures.postcopy_ms,
+            total_ms: total.map_or(0.0, millis),
         }
     }
 }
@@ -541,7 +564,7 @@ fn name(message: &Message<'_>) -> &'static str {
         Message::Request(_) => "a request",
         Message::Ack(_) => "an ack",
         Message::AllSent => "'all sent'",
-        Message::Done => "'done'",
+        Message::Done(_) => "'done'",
         Message::Bye => "'bye'",
         Message::Ping => "a ping",
         Message::Error { .. } => "an error",

@@ -3,7 +3,7 @@
 use crate::{
     link::{self, End, Received, Receiver, Sender, TICK},
     lock,
-    wire::{Message, MigrationId, Stage, MAX_RANGES},
+    wire::{Figures, Message, MigrationId, Stage, MAX_RANGES},
 };
 use kvm_demand_paging::PageRange;
 use std::{
@@ -31,7 +31,7 @@ pub(super) struct Said {
     wanted: usize,
     pub(super) ready: bool,
     pub(super) started: bool,
-    pub(super) done: bool,
+    pub(super) done: Option<Figures>,
     pub(super) end: Option<End>,
     pub(super) heard: bool,
 }
@@ -161,7 +161,7 @@ impl Said {
             }
             Message::Ready => self.ready = true,
             Message::Started => self.started = true,
-            Message::Done => self.done = true,
+            Message::Done(figures) => self.done = Some(figures),
             message => {
                 self.end = Some(End::Broken(format!("the destination sent {message:?}")));
             }

@@ -508,7 +508,8 @@ impl<'a, M: SourceMachine> Run<'a, M> {
         if said.started && self.started.is_none() && self.committed {
             self.started = Some(Instant::now());
         }
-        if said.done && self.committed {
+        if let (Some(figures), true) = (said.done, self.committed) {
+            self.report.destination = figures.into();
             return Ok(true);
         }
         if let Some(end) = said.end {

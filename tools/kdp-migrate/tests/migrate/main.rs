@@ -11,8 +11,9 @@ mod vm;
 
 use guest::PAGE;
 use kdp_migrate::{
-    rounds::Rule, wire, wire::Message, wire::Stage, Destination, DestinationOptions,
-    DestinationReport, Error, Failure, Guest, MigrationId, Source, SourceOptions, SourceReport,
+    rounds::Rule, wire, wire::Message, wire::Stage, Destination, DestinationFigures,
+    DestinationOptions, DestinationReport, Error, Failure, Guest, MigrationId, Source,
+    SourceOptions, SourceReport,
 };
 use kvm_demand_paging::PageRange;
 use peer::{Heard, Peer};
@@ -123,6 +124,18 @@ fn check_stayed(from: &SourceVm, to: &There) {
     assert!(errors.is_empty(), "{errors:?}");
 }
 
+/// What a destination tells the source at the end.
+fn figures(report: &DestinationReport) -> DestinationFigures {
+    DestinationFigures {
+        faults: report.faults,
+        fault_p50_us: report.fault_p50_us,
+        fault_p99_us: report.fault_p99_us,
+        fault_max_us: report.fault_max_us,
+        pages_too_late: report.pages_too_late,
+        postcopy_ms: report.postcopy_ms,
+    }
+}
+
 fn whole(options: SourceOptions, hints: bool, seed: u64) -> (SourceReport, DestinationReport) {
     let (from, to) = (SourceVm::boot(seed, hints), there(destination_options()));
     let sent = leave(&from, options, to.address.to_string())
@@ -141,8 +154,10 @@ fn whole(options: SourceOptions, hints: bool, seed: u64) -> (SourceReport, Desti
     assert_eq!(sent.reconnects + came.reconnects, 0);
     assert_eq!(sent.sent, came.received);
     assert_eq!(sent.pages_hinted_free, came.pages_hinted_free);
+    assert_eq!(sent.destination, figures(&came));
     assert!(sent.downtime_ms > 0.0 && sent.total_ms >= sent.downtime_ms);
     assert!(came.faults > 0 && came.fault_p99_us >= came.fault_p50_us);
+    assert!(came.postcopy_ms > 0.0 && came.total_ms >= came.postcopy_ms);
     (sent, came)
 }
 
@@ -227,6 +242,7 @@ fn a_cut_connection_costs_time_not_data() {
             sent.reconnects > 0 && came.reconnects > 0,
             "nothing was cut"
         );
+        assert_eq!(sent.destination, figures(&came));
         println!("{seed}: {} reconnects", sent.reconnects);
     }
 }

@@ -119,7 +119,7 @@ impl Peer {
                     Message::Ready => Some(Heard::Ready),
                     Message::Started => Some(Heard::Started),
                     Message::Request(ranges) => Some(Heard::Request(ranges)),
-                    Message::Done => Some(Heard::Done),
+                    Message::Done(_) => Some(Heard::Done),
                     Message::Error { code, .. } => Some(Heard::Error(code)),
                     _ => None,
                 };
