@@ -63,7 +63,7 @@ pub struct Paths {
 
 /// What a source was told by the destination at the end: figures that only that one knows. They are those of its
 /// [`DestinationReport`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DestinationFigures {
     /// Pages that somebody touched and had to wait for.
     pub faults: u64,

@@ -101,6 +101,7 @@ impl Bar {
 
 /// What people read. Times are of the source's clock.
 fn table(report: &SourceReport) -> String {
+    let there = &report.destination;
     let mut rows: Vec<(&str, String)> = vec![
         ("total time", ms(report.total_ms)),
         ("the guest stood still", ms(report.downtime_ms)),
@@ -119,6 +120,14 @@ fn table(report: &SourceReport) -> String {
         ("  of those, lost", report.sent.lost.to_string()),
         ("  not sent, by hints", report.pages_hinted_free.to_string()),
         ("bytes sent", units::human(report.bytes_sent)),
+        ("pages waited for there", there.faults.to_string()),
+        (
+            "  latency",
+            format!(
+                "p50 {} us, p99 {} us, longest {} us",
+                there.fault_p50_us, there.fault_p99_us, there.fault_max_us
+            ),
+        ),
     ];
     if report.reconnects > 0 {
         rows.push(("connections lost", report.reconnects.to_string()));
