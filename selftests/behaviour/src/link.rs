@@ -1,17 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A TCP connection that breaks when a test says so.
+//! The way of a migration from its source to its destination, on which things go wrong when a test says so.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+
+use kdp_migrate::wire::{decode, Message, Reason};
 
 use crate::check::Result;
 
-/// What changes bytes on their way to the destination.
-pub type Meddler = Box<dyn FnMut(&mut [u8]) + Send>;
+/// What becomes of a message to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It arrives.
+    Pass,
+    /// In its place there comes another one of pages, once more, if the guest has gone over by then.
+    Replace,
+    /// A bit of it is wrong.
+    Damage,
+}
+
+/// What decides on it.
+pub type Meddler = Box<dyn FnMut(&Message<'_>) -> Fate + Send>;
 
 /// Passes on what it gets, both ways.
 pub struct Link {
@@ -41,7 +54,7 @@ impl Link {
                 let Ok(far) = TcpStream::connect(&to) else {
                     continue;
                 };
-                // Whoever lacks memory for that has other worries.
+                // If it fails both ends are closed: the connection is broken.
                 let _ = inside.clone().join(near, far);
             }
         });
@@ -68,19 +81,19 @@ impl Link {
         !ends.is_empty()
     }
 
-    /// Have the bytes changed that go to the other side.
-    pub fn meddle(&self, meddler: Option<Meddler>) {
-        *self
-            .inside
-            .meddler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = meddler;
+    /// Have it decide on the messages that go to the other side.
+    pub fn meddle(&self, meddler: Meddler) {
+        *self.inside.meddler() = Some(meddler);
     }
 }
 
 impl Inside {
-    fn ends(&self) -> std::sync::MutexGuard<'_, Vec<TcpStream>> {
+    fn ends(&self) -> MutexGuard<'_, Vec<TcpStream>> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn meddler(&self) -> MutexGuard<'_, Option<Meddler>> {
+        self.meddler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn join(self: Arc<Self>, near: TcpStream, far: TcpStream) -> std::io::Result<()> {
@@ -89,28 +102,60 @@ impl Inside {
         self.ends().extend([near.try_clone()?, far.try_clone()?]);
         let (back, forth) = ((far.try_clone()?, near.try_clone()?), (near, far));
         let there = self.clone();
-        thread::spawn(move || there.pass(forth, true));
-        thread::spawn(move || self.pass(back, false));
+        thread::spawn(move || there.forth(forth));
+        thread::spawn(move || pass(back, |_, bytes| bytes.to_vec()));
         Ok(())
     }
 
-    fn pass(&self, (mut from, mut to): (TcpStream, TcpStream), forth: bool) {
-        let mut bytes = vec![0; 64 << 10];
-        while let Ok(count @ 1..) = from.read(&mut bytes) {
-            let bytes = &mut bytes[..count];
-            if forth {
-                self.bytes.fetch_add(count as u64, Ordering::Relaxed);
-                let mut meddler = self.meddler.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(meddle) = meddler.as_mut() {
-                    meddle(bytes);
+    /// Whole messages, each as it is decided on.
+    fn forth(&self, ends: (TcpStream, TcpStream)) {
+        let mut before = Vec::new();
+        pass(ends, |waiting, bytes| {
+            self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            waiting.extend_from_slice(bytes);
+            let mut out = Vec::new();
+            while let Ok(Some((message, length))) = decode(waiting) {
+                let fate = match self.meddler().as_mut() {
+                    Some(decide) => decide(&message),
+                    None => Fate::Pass,
+                };
+                // What was sent before the guest went over may be old by now.
+                let stays = matches!(&message, Message::Pages { reason, .. } if *reason != Reason::PreCopy);
+                let frame: Vec<u8> = waiting.drain(..length).collect();
+                match fate {
+                    Fate::Replace if stays && !before.is_empty() => {
+                        out.extend_from_slice(&before);
+                        continue;
+                    }
+                    Fate::Pass | Fate::Replace => out.extend_from_slice(&frame),
+                    Fate::Damage => {
+                        let middle = out.len() + frame.len() / 2;
+                        out.extend_from_slice(&frame);
+                        out[middle] ^= 1;
+                        continue;
+                    }
+                }
+                if stays {
+                    before = frame;
                 }
             }
-            if to.write_all(bytes).is_err() {
-                break;
-            }
-        }
-        // Who has closed one end has closed both.
-        let _ = from.shutdown(Shutdown::Both);
-        let _ = to.shutdown(Shutdown::Both);
+            out
+        });
     }
+}
+
+/// Pass on what `change` makes of what comes; what it keeps for later is its first argument.
+fn pass(
+    (mut from, mut to): (TcpStream, TcpStream),
+    mut change: impl FnMut(&mut Vec<u8>, &[u8]) -> Vec<u8>,
+) {
+    let (mut bytes, mut kept) = (vec![0; 64 << 10], Vec::new());
+    while let Ok(count @ 1..) = from.read(&mut bytes) {
+        if to.write_all(&change(&mut kept, &bytes[..count])).is_err() {
+            break;
+        }
+    }
+    // Who has closed one end has closed both.
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
 }

@@ -270,6 +270,14 @@ impl Move {
         }
     }
 
+    /// Whether it has.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        match &mut self.0 {
+            Some(child) => Ok(child.try_wait()?.is_some()),
+            None => Ok(true),
+        }
+    }
+
     /// It must come to a good end.
     pub fn report(self) -> Result<SourceReport> {
         let output = self.output()?;

@@ -153,6 +153,10 @@ pub struct LinuxArgs {
     #[arg(long, value_name = "SECONDS", requires = "incoming", value_parser = parse_seconds)]
     pub give_up: Option<f64>,
 
+    /// With --incoming: seconds after which a page that was asked for is asked for again, over a new connection [default: 5]
+    #[arg(long, value_name = "SECONDS", requires = "incoming", value_parser = parse_seconds)]
+    pub answer: Option<f64>,
+
     /// Guest memory in bytes; K, M and G may follow
     #[arg(long, value_parser = parse_size, default_value = "256M", value_name = "SIZE")]
     pub memory: u64,

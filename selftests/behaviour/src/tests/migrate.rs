@@ -2,11 +2,19 @@
 
 //! Linux that moves from one VMM to another, each a program of its own, while its load checks every page that it has.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
 use kdp_migrate::control::Whereabouts;
+use kdp_migrate::wire::{Message, Reason};
 use kdp_migrate::Phase;
 
 use crate::check::Result;
-use crate::linux::MEMORY;
+use crate::harness::rounds;
+use crate::link::{Fate, Link};
+use crate::linux::{Console, MEMORY};
 use crate::slot::{need_huge_pages, PAGE};
 use crate::vmm::{check_all, Vmm};
 
@@ -16,10 +24,14 @@ tests! {
     "migrate-hinted-pages-do-not-travel" => hinted_pages_do_not_travel,
     "migrate-lost-pages-stay-lost" => lost_pages_stay_lost,
     "migrate-refused-orders-change-nothing" => refused_orders_change_nothing,
+    "migrate-cut-connections-are-resumed" => cut_connections_are_resumed,
+    "migrate-wrong-pages-are-asked-for-again" => wrong_pages_are_asked_for_again,
+    "migrate-destination-killed-before-the-switch" => destination_killed_before_the_switch,
+    "migrate-source-killed-after-the-switch" => source_killed_after_the_switch,
 }
 
 /// So slow that there is time to do something in each phase.
-const SLOW: [&str; 2] = ["--bandwidth", "6M"];
+const SLOW: [&str; 2] = ["--bandwidth", "16M"];
 
 /// From memory of one kind to memory of another, and on.
 fn moves_and_moves_on() -> Result {
@@ -145,4 +157,151 @@ fn refused_orders_change_nothing() -> Result {
     a.wait_end()?;
     b.console.wait_whole_check()?;
     check_all(&[&first, &a.console, &b.console])
+}
+
+/// A guest that is at the end of a chain of VMMs: what all of them said.
+struct Journey {
+    at: Vmm,
+    consoles: Vec<Console>,
+}
+
+impl Journey {
+    fn begin() -> Result<Self> {
+        let at = Vmm::waiting("shmem", &[])?;
+        let consoles = vec![at.bring()?];
+        Ok(Self { at, consoles })
+    }
+
+    /// The guest is there now, with all its pages.
+    fn goes_on_at(&mut self, next: Vmm) -> Result {
+        let mut left = std::mem::replace(&mut self.at, next);
+        ensure_eq!(left.wait_end()?.0, Some(0), "the source's exit status");
+        self.consoles.push(left.console.clone());
+        self.at.console.wait_whole_check()?;
+        self.check()
+    }
+
+    fn check(&self) -> Result {
+        let mut consoles: Vec<&Console> = self.consoles.iter().collect();
+        consoles.push(&self.at.console);
+        check_all(&consoles)
+    }
+}
+
+/// The connection breaks in every phase, again and again: it costs time.
+fn cut_connections_are_resumed() -> Result {
+    let mut journey = Journey::begin()?;
+    for round in 0..rounds(2) {
+        let there = Vmm::waiting("shmem", &[])?;
+        let link = Link::to(&there.address()?)?;
+        let mut moving = journey.at.move_to(link.address(), &SLOW)?;
+        // Not a fixed number of bytes: another point of the protocol each time.
+        let mut far = 700_000 + 97_001 * round;
+        let mut cuts = 0;
+        while !moving.has_ended()? {
+            if link.bytes() > far && link.cut() {
+                cuts += 1;
+                far = link.bytes() + 2_000_000 + 333_333 * cuts;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        let report = moving.report()?;
+        ensure!(
+            cuts > 2 && report.reconnects >= cuts - 1,
+            "{} new connections after {cuts} cuts",
+            report.reconnects
+        );
+        journey.goes_on_at(there)?;
+    }
+    Ok(())
+}
+
+/// A source that answers with another page than was asked for, with one twice, or with rubbish, is asked again.
+fn wrong_pages_are_asked_for_again() -> Result {
+    let mut journey = Journey::begin()?;
+    for _ in 0..rounds(1) {
+        let there = Vmm::waiting("shmem", &["--answer", "0.5"])?;
+        let link = Link::to(&there.address()?)?;
+        let wrong = Arc::new(AtomicU64::new(0));
+        let mut frames = 0;
+        let count = wrong.clone();
+        link.meddle(Box::new(move |message| {
+            let Message::Pages { reason, .. } = message else {
+                return Fate::Pass;
+            };
+            frames += 1;
+            let fate = match (reason, frames % 60) {
+                (Reason::Requested, 7 | 8) => Fate::Replace,
+                (Reason::Background, 20) => Fate::Replace,
+                (_, 50) => Fate::Damage,
+                _ => Fate::Pass,
+            };
+            count.fetch_add(u64::from(fate != Fate::Pass), Ordering::Relaxed);
+            fate
+        }));
+        let report = journey
+            .at
+            .move_to(link.address(), &["--rounds", "0"])?
+            .report()?;
+        let wrong = wrong.load(Ordering::Relaxed);
+        println!("{wrong} messages were wrong");
+        ensure!(wrong > 3, "{wrong} messages were wrong");
+        ensure!(report.reconnects > 0, "no connection was given up");
+        journey.goes_on_at(there)?;
+    }
+    Ok(())
+}
+
+/// Before the switch the guest is the source's: a destination that dies costs nothing, and another one takes it.
+fn destination_killed_before_the_switch() -> Result {
+    let mut journey = Journey::begin()?;
+    for round in 0..rounds(2) {
+        let mut there = Vmm::waiting("shmem", &[])?;
+        let more = [&SLOW[..], &["--give-up", "0.5"]].concat();
+        let moving = journey.at.move_to(&there.address()?, &more)?;
+        journey.at.wait("some is sent", |status| {
+            status
+                .progress
+                .is_some_and(|now| now.phase == Phase::PreCopy && now.bytes > 500_000 * round)
+        })?;
+        there.kill();
+        let failure = moving.failure()?;
+        ensure!(failure.contains("runs on here"), "it says {failure}");
+        ensure_eq!(
+            journey.at.status()?.guest,
+            Whereabouts::Here,
+            "where the guest is"
+        );
+        journey.at.console.wait_rounds(2)?;
+    }
+    journey.check()?;
+    let there = Vmm::waiting("shmem", &[])?;
+    journey.at.move_to(&there.address()?, &[])?.report()?;
+    journey.goes_on_at(there)
+}
+
+/// After the switch only the source has the pages that are missing: without it the guest stops at the first of them, with
+/// an error that names it, and reads no zeros.
+fn source_killed_after_the_switch() -> Result {
+    for round in 0..rounds(1) {
+        let mut journey = Journey::begin()?;
+        let mut there = Vmm::waiting("shmem", &["--give-up", "1"])?;
+        let more = ["--rounds", "0", "--bandwidth", "1M"];
+        let moving = journey.at.move_to(&there.address()?, &more)?;
+        there.wait_here()?;
+        thread::sleep(Duration::from_millis(50 * round));
+        journey.at.kill();
+        let failure = moving.failure()?;
+        ensure!(failure.contains("went away"), "kdp migrate says {failure}");
+        let (status, said) = there.wait_end()?;
+        ensure_eq!(status, Some(2), "the destination's exit status");
+        ensure!(
+            said.contains("will never come: "),
+            "the destination says {said}"
+        );
+        journey.consoles.push(journey.at.console.clone());
+        journey.at = there;
+        journey.check()?;
+    }
+    Ok(())
 }

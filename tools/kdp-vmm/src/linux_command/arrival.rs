@@ -37,6 +37,9 @@ impl Arrival {
         if let Some(seconds) = args.give_up {
             options.give_up = Duration::from_secs_f64(seconds);
         }
+        if let Some(seconds) = args.answer {
+            options.answer = Duration::from_secs_f64(seconds);
+        }
         Ok(Self {
             incoming,
             listener,
