@@ -45,6 +45,10 @@ test-debug: setup ## the selftests on the debug kernel (KASAN, lockdep, kmemleak
 	@scripts/module debug
 	@scripts/test debug $(if $(T),'$(T)')
 
+.PHONY: soak
+soak: setup ## the long run: what breaks in migrations and races, N times (10); takes T, too
+	@scripts/soak $(or $(N),10) $(if $(T),'$(T)')
+
 .PHONY: demo
 demo: setup ## the main job on a real guest: a lazy restore under an unmodified QEMU
 	@scripts/demo

@@ -41,6 +41,11 @@ pub fn rounds(n: u64) -> u64 {
     n * u64::from(soak())
 }
 
+/// Adds to what a soak counts (scripts/soak): how often something happened.
+pub fn count(what: &str, number: u64) {
+    println!("count: {number} {what}");
+}
+
 fn limit() -> Duration {
     let limit = if on_debug_kernel() {
         DEBUG_KERNEL_LIMIT

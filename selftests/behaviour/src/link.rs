@@ -120,7 +120,8 @@ impl Inside {
                     None => Fate::Pass,
                 };
                 // What was sent before the guest went over may be old by now.
-                let stays = matches!(&message, Message::Pages { reason, .. } if *reason != Reason::PreCopy);
+                let stays =
+                    matches!(&message, Message::Pages { reason, .. } if *reason != Reason::PreCopy);
                 let frame: Vec<u8> = waiting.drain(..length).collect();
                 match fate {
                     Fate::Replace if stays && !before.is_empty() => {

@@ -17,7 +17,7 @@ use kdp_migrate::{Phase, Source, SourceOptions, SourceReport};
 use kdp_vmm::linux::Outgoing;
 
 use crate::check::{skip, Fail, Result};
-use crate::harness::on_debug_kernel;
+use crate::harness::{count, on_debug_kernel};
 use crate::linux::{self, snapshot, Console, MEMORY};
 use crate::task::until;
 
@@ -286,8 +286,11 @@ impl Move {
             "the migration failed: {}",
             String::from_utf8_lossy(&output.stderr)
         );
-        let report = serde_json::from_slice(&output.stdout)?;
+        let report: SourceReport = serde_json::from_slice(&output.stdout)?;
         println!("{report:?}");
+        count("migrations", 1);
+        count("pages asked for", report.destination.faults);
+        count("pages hinted free", report.pages_hinted_free);
         Ok(report)
     }
 

@@ -12,7 +12,7 @@ use kdp_migrate::wire::{Message, Reason};
 use kdp_migrate::Phase;
 
 use crate::check::Result;
-use crate::harness::rounds;
+use crate::harness::{count, rounds};
 use crate::link::{Fate, Link};
 use crate::linux::{Console, MEMORY};
 use crate::slot::{need_huge_pages, PAGE};
@@ -206,6 +206,7 @@ fn cut_connections_are_resumed() -> Result {
             thread::sleep(Duration::from_millis(1));
         }
         let report = moving.report()?;
+        count("connections cut", cuts);
         ensure!(
             cuts > 2 && report.reconnects >= cuts - 1,
             "{} new connections after {cuts} cuts",
@@ -224,7 +225,7 @@ fn wrong_pages_are_asked_for_again() -> Result {
         let link = Link::to(&there.address()?)?;
         let wrong = Arc::new(AtomicU64::new(0));
         let mut frames = 0;
-        let count = wrong.clone();
+        let counted = wrong.clone();
         link.meddle(Box::new(move |message| {
             let Message::Pages { reason, .. } = message else {
                 return Fate::Pass;
@@ -236,7 +237,7 @@ fn wrong_pages_are_asked_for_again() -> Result {
                 (_, 50) => Fate::Damage,
                 _ => Fate::Pass,
             };
-            count.fetch_add(u64::from(fate != Fate::Pass), Ordering::Relaxed);
+            counted.fetch_add(u64::from(fate != Fate::Pass), Ordering::Relaxed);
             fate
         }));
         let report = journey
@@ -244,7 +245,7 @@ fn wrong_pages_are_asked_for_again() -> Result {
             .move_to(link.address(), &["--rounds", "0"])?
             .report()?;
         let wrong = wrong.load(Ordering::Relaxed);
-        println!("{wrong} messages were wrong");
+        count("messages wrong, or in another's place", wrong);
         ensure!(wrong > 3, "{wrong} messages were wrong");
         ensure!(report.reconnects > 0, "no connection was given up");
         journey.goes_on_at(there)?;
@@ -265,6 +266,7 @@ fn destination_killed_before_the_switch() -> Result {
                 .is_some_and(|now| now.phase == Phase::PreCopy && now.bytes > 500_000 * round)
         })?;
         there.kill();
+        count("destinations killed before the switch", 1);
         let failure = moving.failure()?;
         ensure!(failure.contains("runs on here"), "it says {failure}");
         ensure_eq!(
@@ -291,6 +293,7 @@ fn source_killed_after_the_switch() -> Result {
         there.wait_here()?;
         thread::sleep(Duration::from_millis(50 * round));
         journey.at.kill();
+        count("sources killed after the switch", 1);
         let failure = moving.failure()?;
         ensure!(failure.contains("went away"), "kdp migrate says {failure}");
         let (status, said) = there.wait_end()?;
