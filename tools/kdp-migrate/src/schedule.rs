@@ -1,4 +1,5 @@
-//! The sent map: which page is sent next, what is on its way, and what a cut connection has lost.
+//! The sent map: which page is sent next, what is on its way, and what a cut connection, or an engine of the
+//! destination that died, has lost.
 //!
 //! Every page is in one of these states, and moves on only so:
 //!
@@ -9,7 +10,8 @@
 //!
 //! After the switch nothing is written any more, so a page is sent once: in the background, or earlier if it is asked
 //! for. It is sent again only for a request that the destination made when it had already had it from this connection:
-//! then it means it (what it got was lost there). Requests and acks come in order, so that is what is seen here.
+//! then it means it (what it got was lost there). Requests and acks come in order, so that is what is seen here. A
+//! destination whose engine was replaced says with each connection what it has: that stands for the acks until then.
 
 use crate::PageSet;
 use kvm_demand_paging::PageRange;
@@ -107,7 +109,6 @@ impl SendMap {
     pub fn request(&mut self, pages: PageRange) {
         for page in pages.first..pages.end().min(self.to_send.limit()) {
             let on_its_way = !self.to_send.contains(page)
-                && !self.free.contains(page)
                 && self
                     .flights
                     .iter()
@@ -218,10 +219,29 @@ impl SendMap {
         for flight in std::mem::take(&mut self.flights) {
             self.again(flight.pages);
         }
+        self.cut();
+        Ok(())
+    }
+
+    /// There is a new connection, and behind it a destination that knows nothing of any frame, but has these pages: all
+    /// others are to be sent, whatever was told of them before, and free ones, too. Frames are counted from 0 again; what
+    /// is wanted will be asked for again. After the switch only: a page that is there is taken for its newest bytes.
+    pub fn replaced(&mut self, here: &PageSet) {
+        let pages = self.to_send.limit();
+        self.to_send = PageSet::full(pages);
+        self.to_send.subtract(here);
+        self.ever.clear();
+        self.ever.union(here);
+        self.flights.clear();
+        self.acked = 0;
+        self.cut();
+    }
+
+    /// Nothing is on its way, and nobody waits.
+    fn cut(&mut self) {
         self.in_flight = 0;
         self.urgent.clear();
         self.queue.clear();
-        Ok(())
     }
 
     fn again(&mut self, pages: PageRange) {
@@ -262,6 +282,29 @@ mod tests {
         ]
     }
 
+    /// What happens after the switch.
+    #[derive(Clone, Debug)]
+    enum After {
+        Send(u64),
+        Request(u64, u64),
+        Deliver(usize),
+        /// So many frames come still, and are not told of.
+        Cut(usize),
+        /// The same, and the engine dies; these pages were not there yet though it had told of them.
+        Replace(usize, Vec<u64>),
+    }
+
+    fn after() -> impl Strategy<Value = After> {
+        let lost = prop::collection::vec(0..PAGES, 0..9);
+        prop_oneof![
+            (1u64..8).prop_map(After::Send),
+            (0..PAGES, 1u64..9).prop_map(|(first, count)| After::Request(first, count)),
+            (0usize..4).prop_map(After::Deliver),
+            (0usize..3).prop_map(After::Cut),
+            (0usize..3, lost).prop_map(|(more, lost)| After::Replace(more, lost)),
+        ]
+    }
+
     /// A source, the connection and a destination, as bare as they can be.
     struct World {
         map: SendMap,
@@ -285,6 +328,39 @@ mod tests {
                 there: vec![None; PAGES as usize],
                 had: 0,
                 times: vec![0; PAGES as usize],
+            }
+        }
+
+        /// Before the switch.
+        fn run(&mut self, op: Op) {
+            match op {
+                Op::Write(page) => {
+                    self.guest[page as usize] += 1;
+                    self.is_free[page as usize] = false;
+                    self.log.insert(page);
+                }
+                Op::Hint(first, count) => {
+                    let pages = PageRange::from(first..(first + count).min(PAGES));
+                    // Free now: writes before were in the log, which must not bring them back as used.
+                    pages
+                        .iter()
+                        .for_each(|page| self.is_free[page as usize] = true);
+                    self.map.hinted(pages);
+                }
+                Op::Send(max) => {
+                    if let Some(run) = self.map.next_background(max, end_of) {
+                        assert!(run.end() <= end_of(run.first) && (1..=max).contains(&run.count));
+                        self.send(run);
+                    }
+                }
+                Op::Deliver(frames) => self.deliver(frames),
+                Op::Harvest => self.harvest(),
+                Op::Cut(more) => {
+                    self.deliver(more.min(self.wire.len()));
+                    self.wire.clear();
+                    self.map.resume(self.had).unwrap();
+                }
+                Op::Request(..) => {}
             }
         }
 
@@ -314,6 +390,41 @@ mod tests {
             self.map.written(&self.log);
             self.log.clear();
         }
+
+        /// The guest stops: what is stale is dropped, what is free is there as zeros.
+        fn switch(&mut self) {
+            self.deliver(usize::MAX);
+            self.harvest();
+            for page in 0..PAGES {
+                let there = &mut self.there[page as usize];
+                if self.map.stale().contains(page) {
+                    *there = None;
+                }
+                if self.map.free().contains(page) {
+                    *there = Some(0);
+                }
+            }
+            self.times.fill(0);
+        }
+
+        /// The same as `deliver` after it: what is there already would be sent in vain.
+        fn place(&mut self, frames: usize) {
+            for _ in 0..frames.min(self.wire.len()) {
+                for (page, bytes) in self.wire.pop_front().unwrap() {
+                    let before = self.there[page as usize].replace(bytes.unwrap_or(0));
+                    assert_eq!(before, None, "page {page} was sent twice");
+                }
+                self.had += 1;
+            }
+        }
+
+        fn here(&self) -> PageSet {
+            let mut here = PageSet::new(PAGES);
+            for page in (0..PAGES).filter(|page| self.there[*page as usize].is_some()) {
+                here.insert(page);
+            }
+            here
+        }
     }
 
     fn end_of(page: u64) -> u64 {
@@ -329,35 +440,7 @@ mod tests {
         #[test]
         fn nothing_that_is_used_is_lost_whatever_breaks(ops in prop::collection::vec(op(), 0..80)) {
             let mut world = World::new();
-            for op in ops {
-                match op {
-                    Op::Write(page) => {
-                        world.guest[page as usize] += 1;
-                        world.is_free[page as usize] = false;
-                        world.log.insert(page);
-                    }
-                    Op::Hint(first, count) => {
-                        let pages = PageRange::from(first..(first + count).min(PAGES));
-                        // Free now: writes before were in the log, which must not bring them back as used.
-                        pages.iter().for_each(|page| world.is_free[page as usize] = true);
-                        world.map.hinted(pages);
-                    }
-                    Op::Send(max) => {
-                        if let Some(run) = world.map.next_background(max, end_of) {
-                            prop_assert!(run.end() <= end_of(run.first) && run.count <= max && run.count > 0);
-                            world.send(run);
-                        }
-                    }
-                    Op::Deliver(frames) => world.deliver(frames),
-                    Op::Harvest => world.harvest(),
-                    Op::Cut(more) => {
-                        world.deliver(more.min(world.wire.len()));
-                        world.wire.clear();
-                        world.map.resume(world.had).unwrap();
-                    }
-                    Op::Request(..) => {}
-                }
-            }
+            ops.into_iter().for_each(|op| world.run(op));
             world.harvest();
             while let Some(run) = world.map.next_background(7, end_of) {
                 world.send(run);
@@ -401,6 +484,81 @@ mod tests {
             }
             world.deliver(usize::MAX);
             prop_assert!(world.times.iter().all(|times| *times == 1), "{:?}", world.times);
+        }
+    }
+
+    fn before() -> impl Strategy<Value = Op> {
+        op().prop_filter("nobody asks yet", |op| !matches!(op, Op::Request(..)))
+    }
+
+    proptest! {
+        #[test]
+        fn a_new_engine_gets_what_it_has_not_and_nothing_else(
+            before in prop::collection::vec(before(), 0..30),
+            ops in prop::collection::vec(after(), 0..60),
+        ) {
+            let mut world = World::new();
+            before.into_iter().for_each(|op| world.run(op));
+            world.switch();
+            // How often each page must have been sent in the end, and whether the destination knows of no frame.
+            let mut due: Vec<u32> = world.there.iter().map(|page| page.is_none().into()).collect();
+            let mut replaced = false;
+            for op in ops {
+                let (more, lost) = match op {
+                    After::Send(max) => {
+                        if let Some(run) = world.map.next_background(max, end_of) {
+                            world.send(run);
+                        }
+                        continue;
+                    }
+                    After::Request(first, count) => {
+                        let wanted = first..(first + count).min(PAGES);
+                        for page in wanted.filter(|page| world.there[*page as usize].is_none()) {
+                            world.map.request(PageRange::page(page));
+                        }
+                        while let Some(run) = world.map.next_urgent(3, end_of) {
+                            world.send(run);
+                        }
+                        continue;
+                    }
+                    After::Deliver(frames) => {
+                        world.place(frames);
+                        world.map.ack(world.had).unwrap();
+                        continue;
+                    }
+                    After::Cut(more) => (more, None),
+                    After::Replace(more, lost) => (more, Some(lost)),
+                };
+                world.place(more);
+                world.wire.clear();
+                replaced |= lost.is_some();
+                for page in lost.into_iter().flatten() {
+                    world.there[page as usize] = None;
+                }
+                for (page, due) in due.iter_mut().enumerate() {
+                    *due += u32::from(world.there[page].is_none() && world.times[page] == *due);
+                }
+                if replaced {
+                    world.had = 0;
+                    world.map.replaced(&world.here());
+                } else {
+                    world.map.resume(world.had).unwrap();
+                }
+                prop_assert_eq!(world.map.in_flight(), 0);
+                prop_assert!(!world.map.has_urgent());
+            }
+            while let Some(run) = world.map.next_background(7, end_of) {
+                world.send(run);
+            }
+            world.place(usize::MAX);
+            world.map.ack(world.had).unwrap();
+            for page in 0..PAGES as usize {
+                let right = if world.is_free[page] { world.there[page] } else { Some(world.guest[page]) };
+                prop_assert!(world.there[page].is_some(), "page {} never came", page);
+                prop_assert_eq!(world.there[page], right, "page {}", page);
+            }
+            prop_assert_eq!(&world.times, &due);
+            prop_assert_eq!((world.map.in_flight(), world.map.remaining()), (0, 0));
         }
     }
 
