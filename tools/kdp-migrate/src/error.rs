@@ -30,6 +30,14 @@ pub enum Error {
         /// Which version, and which is spoken here.
         what: String,
     },
+    /// The other side says what cannot be.
+    #[error("the {peer} says what cannot be: {what}")]
+    Malformed {
+        /// Who.
+        peer: &'static str,
+        /// What.
+        what: String,
+    },
     /// There was no working connection for too long.
     #[error("the {peer} was not to be reached for {seconds:.1} s, the last time because: {why}")]
     Lost {

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!   source                                   destination (listens; the source connects, and connects again)
-//!   hello: id, layout                  ──►   welcome: phase, how many frames of pages it has had
+//!   hello: id, layout                  ──►   welcome: stage, how many frames of pages it has had
 //!   pages, round after round           ──►   acks
 //!   the guest stops
 //!   pages that are stale, free; state  ──►   loads the state (pages that it needs are asked for)
@@ -14,6 +14,9 @@
 //!   pages, requested ones first        ◄─►   requests, acks
 //!   all sent                           ──►   done, with what only the destination can measure
 //! ```
+//!
+//! A destination's engine that dies while the guest runs there, and only the engine, has its place taken by another one
+//! ([`Destination::replace`]): that one tells with the welcome which pages are there.
 //!
 //! The rules are pure logic, a file each: [`hints`] (what a free-page hint is worth), [`rounds`] (when pre-copy ends),
 //! [`bucket`] (bandwidth), [`schedule`] (which page is sent next, and what a cut connection has lost), [`wire`] (bytes).
@@ -38,7 +41,7 @@ pub mod schedule;
 mod source;
 pub mod wire;
 
-pub use destination::Destination;
+pub use destination::{Destination, Known};
 pub use error::{Error, Failure, Guest, MachineError};
 pub use hints::{Epoch, Hint};
 pub use layout::{Layout, Slot};

@@ -72,6 +72,9 @@ pub trait SourceMachine {
 /// Pages are placed once: a page that is not absent is left alone by [`Self::place`], [`Self::mark_zero`] and
 /// [`Self::mark_lost`]. Only [`Self::discard`] makes a page absent again, and it is called only before the state is
 /// loaded. Who touches an absent page tells [`Misses`](crate::Misses), and waits.
+///
+/// An engine that takes the place of another ([`Destination::replace`](crate::Destination::replace)) finds the guest
+/// running: it only places pages, and calls [`Self::fail`] if it must.
 pub trait DestinationMachine: Sync {
     /// The guest's memory. Size of backing aside it must be the source's.
     fn layout(&self) -> Layout;

@@ -105,6 +105,18 @@ impl Misses {
         self.0.changed.notify_all();
     }
 
+    /// These pages are here from the beginning. Who told of one of them was late.
+    pub(crate) fn begin_with(&self, here: &PageSet) {
+        let mut state = lock(&self.0.state);
+        state.have.union(here);
+        state.wanted.retain(|page, _| !here.contains(*page));
+    }
+
+    /// Pages that are here.
+    pub(crate) fn have(&self) -> PageSet {
+        lock(&self.0.state).have.clone()
+    }
+
     /// Which of these pages are not here.
     pub(crate) fn arriving(&self, pages: PageRange) -> Vec<PageRange> {
         let state = lock(&self.0.state);
@@ -134,7 +146,7 @@ impl Misses {
         lock(&self.0.state).have.remove_range(pages);
     }
 
-    /// Pages that are here.
+    /// How many pages are here.
     pub(crate) fn count(&self) -> u64 {
         lock(&self.0.state).have.count()
     }
@@ -224,5 +236,19 @@ mod tests {
         assert_eq!(misses.has(PageRange::new(2, 4)), [PageRange::new(3, 2)]);
         let (faults, [p50, _, max]) = misses.latency();
         assert!(faults == 2 && p50 >= 1 && max >= p50);
+    }
+
+    #[test]
+    fn what_is_here_from_the_beginning_is_not_asked_for() {
+        let misses = Misses::new(10);
+        let mut here = PageSet::new(10);
+        here.insert_range(PageRange::new(2, 3));
+        [1, 2, 5].into_iter().for_each(|page| misses.miss(page));
+        misses.begin_with(&here);
+        misses.miss(3);
+        assert_eq!(misses.take(9), [PageRange::page(1), PageRange::page(5)]);
+        assert_eq!(misses.have(), here);
+        misses.again();
+        assert_eq!(misses.take(9), [PageRange::page(1), PageRange::page(5)]);
     }
 }

@@ -62,7 +62,7 @@ pub struct Paths {
 }
 
 /// What a source was told by the destination at the end: figures that only that one knows. They are those of its
-/// [`DestinationReport`].
+/// [`DestinationReport`], so of the last one if its engine was replaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DestinationFigures {
     /// Pages that somebody touched and had to wait for.
@@ -156,7 +156,7 @@ pub struct DestinationReport {
     pub fault_max_us: u64,
     /// Connections after the first.
     pub reconnects: u64,
-    /// From the order to run to the last page, in milliseconds.
+    /// From the order to run to the last page, in milliseconds; from its own beginning if it replaced another engine.
     pub postcopy_ms: f64,
     /// From the first connection to the last page.
     pub total_ms: f64,

@@ -8,7 +8,7 @@ use kvm_demand_paging::{PageRange, PAGE_SIZE};
 use std::{fmt, str::FromStr};
 
 /// The protocol's version. Both sides must speak the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The bytes before a frame's payload.
 pub const HEADER: usize = 12;
@@ -19,7 +19,7 @@ pub const MAX_PAGES: u64 = 64;
 /// Ranges that one request names at most.
 pub const MAX_RANGES: usize = 4096;
 
-/// Words of each bitmap that one map carries at most.
+/// Words of each bitmap that one frame carries at most.
 pub const MAX_WORDS: usize = 1024;
 
 /// Bytes of the state that one frame carries at most.
@@ -141,6 +141,16 @@ impl Stage {
     }
 }
 
+/// What a destination has of what was sent over the connections before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Had {
+    /// So many frames of pages.
+    Frames(u64),
+    /// It took the place of one that runs the guest, and knows nothing of its frames; with this connection they are
+    /// counted from 0. So many pages are here: those that [`Message::Here`] has told of, no more.
+    Pages(u64),
+}
+
 /// Why pages are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -201,14 +211,21 @@ pub enum Message<'a> {
         /// The guest's memory.
         layout: Layout,
     },
+    /// To the source: these pages are here. Before the welcome, which tells how many those are in all.
+    Here {
+        /// Of which page the lowest bit of the first word tells: a multiple of 64.
+        first: u64,
+        /// A bit for each page that is here.
+        words: Vec<u64>,
+    },
     /// To the source: the answer.
     Welcome {
         /// The same.
         id: MigrationId,
         /// How far it is.
         stage: Stage,
-        /// How many frames of pages it has had, over all connections.
-        had: u64,
+        /// What it has. [`Had::Pages`] only if it runs the guest.
+        had: Had,
     },
     /// To the destination.
     Pages {
@@ -250,7 +267,7 @@ pub enum Message<'a> {
     Started,
     /// To the source: pages are wanted.
     Request(Vec<PageRange>),
-    /// To the source: how many frames of pages there have been, over all connections.
+    /// To the source: how many frames of pages there have been, over all connections, or as [`Had::Pages`] says.
     Ack(u64),
     /// To the destination: every page was sent, or is free.
     AllSent,
@@ -285,6 +302,7 @@ const DONE: u16 = 13;
 const BYE: u16 = 14;
 const PING: u16 = 15;
 const ERROR: u16 = 16;
+const HERE: u16 = 17;
 
 /// Writes a payload behind a header that is filled in at the end.
 struct Writer<'a> {
@@ -370,8 +388,18 @@ pub fn encode(message: &Message<'_>, out: &mut Vec<u8>) {
             to.u32(VERSION);
             to.u32(*stage as u32);
             to.bytes(&id.0);
-            to.u64(*had);
+            let (kind, count) = match had {
+                Had::Frames(count) => (0, count),
+                Had::Pages(count) => (1, count),
+            };
+            to.u32(kind);
+            to.u64(*count);
             WELCOME
+        }
+        Message::Here { first, words } => {
+            to.u64(*first);
+            words.iter().for_each(|word| to.u64(*word));
+            HERE
         }
         Message::Pages {
             pages,
@@ -458,7 +486,7 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Message<'_>, usize)>, Bad> {
             "a frame of {len} bytes, at most {MAX_PAYLOAD} are allowed"
         )));
     }
-    if !(HELLO..=ERROR).contains(&kind) || reserved != 0 {
+    if !(HELLO..=HERE).contains(&kind) || reserved != 0 {
         return Err(malformed(format!(
             "there is no frame of kind {kind} with {reserved} in its reserved bytes"
         )));
@@ -509,6 +537,7 @@ fn parse(kind: u16, payload: &[u8]) -> Result<Option<Message<'_>>, Bad> {
             let stage = versioned(&mut from)?.and_then(Stage::from_u32);
             welcome(&mut from, stage)
         }
+        HERE => here(&mut from),
         PAGES => pages(&mut from),
         MAP => map(&mut from),
         STATE => from.u64().map(|offset| Message::State {
@@ -568,11 +597,28 @@ fn hello<'a>(from: &mut Fields<'a>) -> Option<Message<'a>> {
 }
 
 fn welcome<'a>(from: &mut Fields<'a>, stage: Option<Stage>) -> Option<Message<'a>> {
-    Some(Message::Welcome {
-        stage: stage?,
-        id: MigrationId(from.take()?),
-        had: from.u64()?,
+    let (stage, id) = (stage?, MigrationId(from.take()?));
+    let had = match (from.u32()?, from.u64()?) {
+        (0, frames) => Had::Frames(frames),
+        (1, pages) if stage == Stage::Running => Had::Pages(pages),
+        _ => return None,
+    };
+    Some(Message::Welcome { id, stage, had })
+}
+
+fn here<'a>(from: &mut Fields<'a>) -> Option<Message<'a>> {
+    let first = from.u64()?;
+    let bytes = from.rest();
+    let fits = bytes.len() % 8 == 0 && bytes.len() <= MAX_WORDS * 8 && first % 64 == 0;
+    fits.then(|| Message::Here {
+        first,
+        words: words(bytes),
     })
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let mut from = Fields(bytes);
+    std::iter::from_fn(|| from.u64()).collect()
 }
 
 fn done<'a>(from: &mut Fields<'a>) -> Option<Message<'a>> {
@@ -612,10 +658,6 @@ fn map<'a>(from: &mut Fields<'a>) -> Option<Message<'a>> {
     if bytes.len() % 16 != 0 || half > MAX_WORDS * 8 || first % 64 != 0 {
         return None;
     }
-    let words = |bytes: &[u8]| {
-        let mut from = Fields(bytes);
-        std::iter::from_fn(|| from.u64()).collect()
-    };
     Some(Message::Map {
         first,
         stale: words(&bytes[..half]),
@@ -690,10 +732,16 @@ mod tests {
                     layout: Layout(slots)
                 }
             ),
-            (id(), stage, any::<u64>()).prop_map(|(id, stage, had)| Message::Welcome {
-                id,
-                stage,
-                had
+            (id(), stage, any::<u64>(), any::<bool>()).prop_map(|(id, stage, had, pages)| {
+                let had = match pages && stage == Stage::Running {
+                    true => Had::Pages(had),
+                    false => Had::Frames(had),
+                };
+                Message::Welcome { id, stage, had }
+            }),
+            (0u64..1000, words()).prop_map(|(at, words)| Message::Here {
+                first: at * 64,
+                words
             }),
             (0u64..1 << 40, 1u64..4, reason, 0..3).prop_map(|(first, count, reason, data)| {
                 let data = match data {
@@ -733,6 +781,17 @@ mod tests {
         ]
     }
 
+    /// Any bytes, and small numbers, of which more mean something.
+    fn garbage() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..200),
+            prop::collection::vec(0u32..3, 0..20).prop_map(|numbers| numbers
+                .iter()
+                .flat_map(|number| number.to_le_bytes())
+                .collect()),
+        ]
+    }
+
     proptest! {
         #[test]
         fn messages_survive(message in message(), tail in prop::collection::vec(any::<u8>(), 0..20)) {
@@ -765,8 +824,14 @@ mod tests {
 
         /// A peer that means harm sends right checksums.
         #[test]
-        fn well_framed_garbage_never_panics(kind in 0u16..20, payload in prop::collection::vec(any::<u8>(), 0..200), greeting: bool) {
-            let payload = if greeting { [&MAGIC[..], &VERSION.to_le_bytes(), &(PAGE_SIZE as u32).to_le_bytes(), &payload].concat() } else { payload };
+        fn well_framed_garbage_never_panics(kind in 0u16..20, payload in garbage(), greeting: Option<bool>) {
+            let payload = match greeting {
+                None => payload,
+                Some(hello) => {
+                    let third = if hello { PAGE_SIZE as u32 } else { Stage::Running as u32 };
+                    [&MAGIC[..], &VERSION.to_le_bytes(), &third.to_le_bytes(), &payload].concat()
+                }
+            };
             let mut bytes = vec![0; HEADER];
             bytes.extend_from_slice(&payload);
             Writer { out: &mut bytes, start: 0 }.finish(kind);
@@ -788,7 +853,7 @@ mod tests {
             &Message::Welcome {
                 id: MigrationId([0; 16]),
                 stage: Stage::Copying,
-                had: 0,
+                had: Had::Frames(0),
             },
             &mut bytes,
         );
@@ -801,6 +866,17 @@ mod tests {
         let bad = decode(&bytes).unwrap_err();
         assert_eq!(bad.code, Code::Version);
         assert!(bad.what.contains("version 9"), "{bad}");
+    }
+
+    #[test]
+    fn only_who_runs_the_guest_took_the_place_of_another() {
+        for stage in [Stage::Copying, Stage::Loading, Stage::Ready] {
+            let mut bytes = Vec::new();
+            let id = MigrationId([0; 16]);
+            let had = Had::Pages(0);
+            encode(&Message::Welcome { id, stage, had }, &mut bytes);
+            assert_eq!(decode(&bytes).unwrap_err().code, Code::Malformed);
+        }
     }
 
     #[test]

@@ -10,8 +10,8 @@ use self::serve::{Over, Served};
 use crate::{
     link::{self, Sender, TICK},
     lock,
-    wire::{Message, MAX_RANGES},
-    DestinationMachine, DestinationOptions, DestinationReport, Error, Misses, Progress,
+    wire::{Message, MigrationId, MAX_RANGES},
+    DestinationMachine, DestinationOptions, DestinationReport, Error, Misses, PageSet, Progress,
 };
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::{
@@ -26,10 +26,22 @@ pub struct Destination<M> {
     machine: M,
     misses: Misses,
     options: DestinationOptions,
+    // The guest runs here already.
+    replaces: bool,
+}
+
+/// What an engine must know to take the place of one that is gone.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// Which migration.
+    pub id: MigrationId,
+    /// The pages that are not absent, whatever else they are, read when the former engine could place none any more. One
+    /// that is here and not in this set is sent again, and left alone; one that is in it and not here never comes. A
+    /// page that is absent for a moment only, since the guest gives it back, is to be in it.
+    pub here: PageSet,
 }
 
 /// What the threads share.
-#[derive(Default)]
 struct Shared {
     // Taken before `link`, and by two: around asking for pages that are not here, and around placing pages and
     // telling of them. So a request never comes behind the ack of what it asks for, and the source knows by that
@@ -48,6 +60,21 @@ struct Link {
     failed: Option<Error>,
 }
 
+impl Shared {
+    /// `started`: the guest runs here already.
+    fn new(started: bool) -> Self {
+        Self {
+            order: Mutex::default(),
+            link: Mutex::new(Link {
+                answered: started,
+                loaded: started,
+                started,
+                ..Link::default()
+            }),
+        }
+    }
+}
+
 /// What the third thread is to do.
 enum Job {
     Load(Vec<u8>),
@@ -61,6 +88,26 @@ impl<M: DestinationMachine> Destination<M> {
             machine,
             misses,
             options,
+            replaces: false,
+        }
+    }
+
+    /// An engine in the place of one that died alone (its process was killed, say), while the guest runs on and its
+    /// pages are what they were. Only if the guest was started, and [`DestinationMachine::fail`] was not called.
+    /// `misses` is a new one: who waits for a page must tell it, also if the former one was told.
+    ///
+    /// [`Self::run`] then listens where the former one did, and calls neither [`DestinationMachine::load`] nor
+    /// [`DestinationMachine::start`]. If a page is absent the source must come within [`DestinationOptions::give_up`];
+    /// without an engine it gives up after [`SourceOptions::give_up`](crate::SourceOptions::give_up). The report tells
+    /// of this engine alone.
+    pub fn replace(machine: M, misses: Misses, options: DestinationOptions, known: Known) -> Self {
+        misses.begin_with(&known.here);
+        let id = Some(known.id);
+        Self {
+            machine,
+            misses,
+            options: DestinationOptions { id, ..options },
+            replaces: true,
         }
     }
 
@@ -79,7 +126,7 @@ impl<M: DestinationMachine> Destination<M> {
             Error::Argument("the VMM has no memslot, or more pages than can be".into())
         })?;
         listener.set_nonblocking(true).map_err(Error::Listen)?;
-        let shared = Shared::default();
+        let shared = Shared::new(self.replaces);
         let (jobs, todo) = mpsc::channel();
         thread::scope(|scope| {
             let shared = &shared;

@@ -5,7 +5,7 @@ use crate::{
     link::{Received, Receiver, Sender},
     lock,
     misses::Misses,
-    wire::{Code, Data, Figures, Message, MigrationId, Reason, Stage, MAX_RANGES},
+    wire::{Code, Data, Figures, Had, Message, MigrationId, Reason, Stage, MAX_RANGES, MAX_WORDS},
     DestinationFigures, DestinationMachine, DestinationReport, Error, Layout, MachineError,
     PageSet, Paths, Phase, Placed, Progress,
 };
@@ -14,6 +14,9 @@ use std::{
     sync::{mpsc, Arc},
     time::{Duration, Instant},
 };
+
+/// How long a source that was not told that all is here is waited for at least: it tries again every second.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// How a connection ended.
 pub(super) enum Over {
@@ -85,8 +88,9 @@ pub(super) struct Served<'a, M> {
     first: Option<Instant>,
     go: Option<Instant>,
     complete: Option<Complete>,
-    // The source of the present connection was told that all is here.
-    done_sent: bool,
+    // When the source of the present connection was told that all is here.
+    done_sent: Option<Instant>,
+    // Since when there has been none.
     broken: Option<Instant>,
     pub(super) why: String,
 }
@@ -100,7 +104,10 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         pages: u64,
         progress: &'a mut dyn FnMut(&Progress),
     ) -> Self {
-        Self {
+        let begun = Instant::now();
+        // For who takes another's place the source is lost, until it comes.
+        let running = destination.replaces.then_some(begun);
+        let mut served = Self {
             id: destination.options.id,
             destination,
             shared,
@@ -109,8 +116,8 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             pages,
             progress,
             told: None,
-            begun: Instant::now(),
-            stage: Stage::Copying,
+            begun,
+            stage: running.map_or(Stage::Copying, |_| Stage::Running),
             had: 0,
             state: Vec::new(),
             received: Paths::default(),
@@ -119,12 +126,14 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             bytes: 0,
             connections: 0,
             first: None,
-            go: None,
+            go: running,
             complete: None,
-            done_sent: false,
-            broken: None,
+            done_sent: None,
+            broken: running,
             why: "there was no connection".into(),
-        }
+        };
+        served.look_whether_complete();
+        served
     }
 
     fn misses(&self) -> &'a Misses {
@@ -138,7 +147,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
 
     /// All is here, and nobody came for long enough to be told.
     pub(super) fn is_complete_without_peer(&self) -> bool {
-        let linger = self.destination.options.stall;
+        let linger = self.destination.options.stall.max(LINGER);
         self.complete.is_some() && self.broken.is_none_or(|broken| broken.elapsed() > linger)
     }
 
@@ -146,6 +155,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
     pub(super) fn check_without_peer(&mut self) -> Result<(), Error> {
         let options = &self.destination.options;
         let over = match (self.broken, options.first) {
+            _ if self.complete.is_some() => None,
             (Some(broken), _) => (broken.elapsed() > options.give_up).then_some(broken),
             (None, Some(first)) => (self.begun.elapsed() > first).then_some(self.begun),
             (None, None) => None,
@@ -207,7 +217,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         let options = &self.destination.options;
         let (mut heard, mut looked) = (Instant::now(), Instant::now());
         let mut greeted = false;
-        self.done_sent = false;
+        self.done_sent = None;
         loop {
             match receiver.receive()? {
                 Received::Nothing if heard.elapsed() > options.stall => {
@@ -241,8 +251,8 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                     }
                 }
                 if self
-                    .complete
-                    .is_some_and(|all| all.at.elapsed() > options.stall)
+                    .done_sent
+                    .is_some_and(|told| told.elapsed() > options.stall)
                 {
                     // It was told; that it says no goodbye changes nothing.
                     return Ok(());
@@ -266,7 +276,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                     format!("migration {known} comes here, not {id}"),
                 ));
             }
-            _ if resume && self.first.is_none() => {
+            _ if resume && self.first.is_none() && self.stage == Stage::Copying => {
                 return Err(Fault::Bad(
                     Code::Identity,
                     format!("nothing is known here of migration {id}"),
@@ -282,6 +292,12 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             self.state = Vec::new();
             self.hinted = 0;
         }
+        let had = if self.destination.replaces {
+            self.had = 0;
+            self.tell_what_is_here(sender)?
+        } else {
+            Had::Frames(self.had)
+        };
         let mut link = lock(&self.shared.link);
         if self.stage == Stage::Loading && link.loaded {
             self.stage = Stage::Ready;
@@ -289,7 +305,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         sender.send(&Message::Welcome {
             id,
             stage: self.stage,
-            had: self.had,
+            had,
         })?;
         // From here on what the other threads send comes behind the welcome.
         link.sender = Some(Arc::clone(sender));
@@ -304,6 +320,20 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         self.broken = None;
         self.misses().again();
         Ok(())
+    }
+
+    /// This thread alone places pages: until the first one of this connection comes, that is all.
+    fn tell_what_is_here(&self, sender: &Sender) -> Result<Had, Fault> {
+        let here = self.misses().have();
+        for (index, words) in here.words().chunks(MAX_WORDS).enumerate() {
+            if words.iter().any(|word| *word != 0) {
+                sender.send(&Message::Here {
+                    first: (index * MAX_WORDS * 64) as u64,
+                    words: words.to_vec(),
+                })?;
+            }
+        }
+        Ok(Had::Pages(here.count()))
     }
 
     /// Whether it was the last one.
@@ -362,7 +392,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                     sender.send(&Message::Request(absent))?;
                 }
             }
-            Message::Bye if self.done_sent => return Ok(true),
+            Message::Bye if self.done_sent.is_some() => return Ok(true),
             message => {
                 return Err(malformed(format!(
                     "{} does not belong here",
@@ -380,16 +410,22 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
 
     /// Tell the source when all is here.
     fn finish(&mut self, sender: &Arc<Sender>) -> Result<(), Fault> {
-        if self.done_sent || self.stage != Stage::Running || !lock(&self.shared.link).started {
-            return Ok(());
-        }
-        if self.misses().count() == self.pages {
-            let all = self.complete.unwrap_or_else(|| self.measured());
-            self.complete = Some(all);
-            self.done_sent = true;
+        self.look_whether_complete();
+        if let (Some(all), None) = (self.complete, self.done_sent) {
+            self.done_sent = Some(Instant::now());
             sender.send(&Message::Done(all.figures))?;
         }
         Ok(())
+    }
+
+    fn look_whether_complete(&mut self) {
+        let all = self.complete.is_none()
+            && self.stage == Stage::Running
+            && self.misses().count() == self.pages
+            && lock(&self.shared.link).started;
+        if all {
+            self.complete = Some(self.measured());
+        }
     }
 
     fn place(&mut self, pages: PageRange, reason: Reason, data: Data<'_>) -> Result<(), Fault> {
@@ -554,6 +590,7 @@ fn name(message: &Message<'_>) -> &'static str {
     match message {
         Message::Hello { .. } => "a greeting",
         Message::Welcome { .. } => "a welcome",
+        Message::Here { .. } => "a map of what is here",
         Message::Pages { .. } => "a page",
         Message::Map { .. } => "a map",
         Message::State { .. } => "a piece of the state",

@@ -3,7 +3,8 @@
 use crate::{
     link::{self, End, Received, Receiver, Sender, TICK},
     lock,
-    wire::{Figures, Message, MigrationId, Stage, MAX_RANGES},
+    wire::{Figures, Had, Message, MigrationId, Stage, MAX_RANGES},
+    PageSet,
 };
 use kvm_demand_paging::PageRange;
 use std::{
@@ -47,25 +48,33 @@ pub(super) struct Connection {
     pub(super) sender: Sender,
     /// How far the destination was when it was made.
     pub(super) stage: Stage,
-    /// The frames of pages that it had had.
-    pub(super) had: u64,
+    /// What it had of what was sent before; and the pages that were there, if it told those.
+    pub(super) had: Had,
+    pub(super) here: PageSet,
     inbox: Arc<Inbox>,
     reader: Option<JoinHandle<()>>,
 }
 
 impl Connection {
-    /// Connect and greet.
+    /// Connect and greet, for a guest of `pages` pages.
     pub(super) fn dial(
         address: &str,
         hello: &Message<'_>,
         id: MigrationId,
+        pages: u64,
         stall: Duration,
     ) -> Result<Self, End> {
         let (sender, mut receiver) = link::split(connect(address, stall)?, stall)?;
         sender.send(hello)?;
-        let start = Instant::now();
+        let mut here = PageSet::new(pages);
+        let mut heard = Instant::now();
         let (stage, had) = loop {
             match receiver.receive()? {
+                Received::Message(Message::Here { first, words }) => {
+                    heard = Instant::now();
+                    let words = (first / u64::from(u64::BITS)..).zip(words);
+                    words.for_each(|(index, bits)| here.merge_word(index, bits));
+                }
                 Received::Message(Message::Welcome {
                     id: theirs,
                     stage,
@@ -76,12 +85,23 @@ impl Connection {
                         "the destination greets with {message:?}"
                     )))
                 }
-                Received::Nothing if start.elapsed() > stall => {
+                Received::Nothing if heard.elapsed() > stall => {
                     return Err(End::Broken("the destination does not greet".into()))
                 }
                 Received::Nothing => {}
             }
         };
+        // A page that is taken to be there and is not would never be sent.
+        let told = match had {
+            Had::Frames(_) => 0,
+            Had::Pages(count) => count,
+        };
+        if told != here.count() {
+            return Err(End::Broken(format!(
+                "the destination greets with {had:?}, and told of {} pages",
+                here.count()
+            )));
+        }
         let inbox = Arc::new(Inbox::default());
         let reader = {
             let inbox = Arc::clone(&inbox);
@@ -93,6 +113,7 @@ impl Connection {
             sender,
             stage,
             had,
+            here,
             inbox,
             reader: Some(reader),
         })

@@ -11,7 +11,8 @@ use crate::{
     rounds::Rounds,
     schedule::SendMap,
     wire::{
-        Code, Data, Message, MigrationId, Reason, Stage, HEADER, MAX_CHUNK, MAX_PAGES, MAX_WORDS,
+        Code, Data, Had, Message, MigrationId, Reason, Stage, HEADER, MAX_CHUNK, MAX_PAGES,
+        MAX_WORDS,
     },
     Content, Error, Failure, Guest, Layout, PageSet, Phase, Progress, SourceMachine, SourceOptions,
     SourceReport,
@@ -554,9 +555,15 @@ impl<'a, M: SourceMachine> Run<'a, M> {
                 resume: again,
                 layout: self.layout.clone(),
             };
-            match Connection::dial(self.address, &hello, self.id, self.options.stall) {
+            let stall = self.options.stall;
+            match Connection::dial(self.address, &hello, self.id, self.pages, stall) {
                 Ok(connection) => break connection,
-                Err(end) => why = why_again(end)?,
+                Err(end) => match why_again(end) {
+                    Ok(new) => why = new,
+                    // The guest is over there, and who listens may still give way to the engine that it needs.
+                    Err(error) if self.committed => why = error.to_string(),
+                    Err(error) => return Err(error),
+                },
             }
             if since.elapsed() + backoff > self.options.give_up {
                 return Err(lost(since, why));
@@ -566,14 +573,19 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             thread::sleep(backoff);
             backoff = (backoff * 2).min(Duration::from_secs(1));
         };
-        self.map
-            .resume(connection.had)
-            .map_err(|bad| lost(since, format!("it says that it had {bad:?}")))?;
         if connection.stage == Stage::Running && !self.committed {
-            return Err(lost(
-                since,
-                "it runs a guest that was not given to it".into(),
-            ));
+            let what = "it runs a guest that was not handed over to it";
+            connection.sender.refuse(Code::Malformed, what);
+            return Err(malformed(what.into()));
+        }
+        match connection.had {
+            Had::Frames(had) => self.map.resume(had).map_err(|bad| {
+                malformed(format!(
+                    "it had {} frames of pages, of {}",
+                    bad.acked, bad.sent
+                ))
+            })?,
+            Had::Pages(_) => self.map.replaced(&connection.here),
         }
         self.report.reconnects += u64::from(again);
         self.stage = connection.stage;
@@ -684,6 +696,13 @@ fn why_again(end: End) -> Result<String, Error> {
         End::Broken(why) => Ok(why),
         End::Version(what) => Err(Error::Version { peer, what }),
         End::Refused { code, text } => Err(Error::Refused { peer, code, text }),
+    }
+}
+
+fn malformed(what: String) -> Error {
+    Error::Malformed {
+        peer: "destination",
+        what,
     }
 }
 

@@ -7,13 +7,15 @@
 mod guest;
 mod peer;
 mod proxy;
+mod replace;
+mod script;
 mod vm;
 
 use guest::PAGE;
 use kdp_migrate::{
-    rounds::Rule, wire, wire::Message, wire::Stage, Destination, DestinationFigures,
-    DestinationOptions, DestinationReport, Error, Failure, Guest, MigrationId, Source,
-    SourceOptions, SourceReport,
+    rounds::Rule, wire, wire::Had, wire::Message, wire::Stage, Destination, DestinationFigures,
+    DestinationMachine, DestinationOptions, DestinationReport, Error, Failure, Guest, MigrationId,
+    Source, SourceOptions, SourceReport,
 };
 use kvm_demand_paging::PageRange;
 use peer::{Heard, Peer};
@@ -63,9 +65,16 @@ struct There {
 
 fn there(options: DestinationOptions) -> There {
     let vm = DestinationVm::new();
+    let destination = Destination::new(Arriving(vm.clone()), vm.misses(), options);
+    listen(vm, destination)
+}
+
+fn listen<M>(vm: Arc<DestinationVm>, destination: Destination<M>) -> There
+where
+    M: DestinationMachine + Send + 'static,
+{
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let destination = Destination::new(Arriving(vm.clone()), vm.misses.clone(), options);
     let run = thread::spawn(move || destination.run(&listener, &mut |_| {}));
     There { vm, address, run }
 }
@@ -89,18 +98,18 @@ fn wait_for(what: &str, mut come: impl FnMut() -> bool) {
 }
 
 /// The guest is over there, whole, and goes on; here it does not run.
-fn check_moved(from: &SourceVm, to: &There) {
+fn check_moved(from: &SourceVm, to: &DestinationVm) {
     let steps = from.vcpus.steps();
     wait_for("the guest's work", || {
-        let vcpus = to.vm.vcpus.lock().unwrap();
+        let vcpus = to.vcpus.lock().unwrap();
         vcpus
             .as_ref()
             .is_some_and(|vcpus| vcpus.steps() > 100 || !vcpus.errors().is_empty())
     });
-    let (errors, _) = to.vm.off();
+    let (errors, _) = to.off();
     assert!(errors.is_empty(), "{errors:?}");
-    assert_eq!(to.vm.starts.load(SeqCst), 1);
-    assert!(to.vm.is_lost(LOST), "a lost page is to stay lost");
+    assert_eq!(to.starts.load(SeqCst), 1);
+    assert!(to.is_lost(LOST), "a lost page is to stay lost");
     assert_eq!(
         from.vcpus.steps(),
         steps,
@@ -143,7 +152,7 @@ fn whole(options: SourceOptions, hints: bool, seed: u64) -> (SourceReport, Desti
         .unwrap()
         .unwrap();
     wait_for("the destination's end", || to.run.is_finished());
-    check_moved(&from, &to);
+    check_moved(&from, &to.vm);
     let came = to.run.join().unwrap().unwrap();
     println!(
         "{}\n{}",
@@ -236,7 +245,7 @@ fn a_cut_connection_costs_time_not_data() {
             .unwrap()
             .unwrap();
         wait_for("the destination's end", || to.run.is_finished());
-        check_moved(&from, &to);
+        check_moved(&from, &to.vm);
         let came = to.run.join().unwrap().unwrap();
         assert!(
             sent.reconnects > 0 && came.reconnects > 0,
@@ -356,7 +365,7 @@ fn a_destination_that_hangs_at_the_switch_gives_the_guest_back() {
         &Message::Welcome {
             id: MigrationId([7; 16]),
             stage: Stage::Copying,
-            had: 0,
+            had: Had::Frames(0),
         },
         &mut welcome,
     );
@@ -383,7 +392,7 @@ fn a_destination_of_another_release_is_refused_at_once() {
     let welcome = Message::Welcome {
         id,
         stage: Stage::Copying,
-        had: 0,
+        had: Had::Frames(0),
     };
     let bytes = peer::of_version(&welcome, wire::VERSION + 1);
     std::io::Write::write_all(&mut stream, &bytes).unwrap();
@@ -434,7 +443,7 @@ fn a_wrong_peer_is_refused_and_the_right_one_still_comes() {
         .unwrap()
         .unwrap();
     wait_for("the destination's end", || to.run.is_finished());
-    check_moved(&from, &to);
+    check_moved(&from, &to.vm);
 }
 
 /// A destination in post-copy, whose source is the test.
@@ -442,7 +451,7 @@ fn in_postcopy(options: DestinationOptions) -> (There, Peer, MigrationId) {
     let to = there(options);
     let id = MigrationId::random();
     let (mut peer, heard) = Peer::greet(to.address, id, false);
-    assert_eq!(heard, Heard::Welcome(Stage::Copying, 0));
+    assert_eq!(heard, Heard::Welcome(Stage::Copying, Had::Frames(0)));
     peer.switch();
     (to, peer, id)
 }
@@ -482,7 +491,7 @@ fn a_page_that_is_wrong_is_asked_for_again() {
         // A page that there is not.
         let (mut peer, heard) = Peer::greet(to.address, id, true);
         assert!(
-            matches!(heard, Heard::Welcome(Stage::Running, 1..)),
+            matches!(heard, Heard::Welcome(Stage::Running, Had::Frames(1..))),
             "{heard:?}"
         );
         assert_eq!(peer.hear(), Heard::Started);

@@ -1,7 +1,7 @@
 //! A source that does what its test tells it, message by message.
 
 use crate::{guest::PAGE, vm};
-use kdp_migrate::wire::{self, Data, Message, MigrationId, Reason, Stage};
+use kdp_migrate::wire::{self, Data, Had, Message, MigrationId, Reason, Stage};
 use kvm_demand_paging::PageRange;
 use std::{
     io::{Read, Write},
@@ -13,12 +13,15 @@ pub struct Peer {
     stream: TcpStream,
     input: Vec<u8>,
     pinged: Instant,
+    /// The last ack.
+    pub acked: u64,
 }
 
 /// What a test looks for.
 #[derive(Debug, PartialEq)]
 pub enum Heard {
-    Welcome(Stage, u64),
+    Here(u64, Vec<u64>),
+    Welcome(Stage, Had),
     Ready,
     Started,
     Request(Vec<PageRange>),
@@ -40,6 +43,7 @@ impl Peer {
             stream,
             input: Vec::new(),
             pinged: Instant::now(),
+            acked: 0,
         })
     }
 
@@ -116,11 +120,16 @@ impl Peer {
             if let Some((message, len)) = wire::decode(&self.input).unwrap() {
                 let heard = match message {
                     Message::Welcome { stage, had, .. } => Some(Heard::Welcome(stage, had)),
+                    Message::Here { first, words } => Some(Heard::Here(first, words)),
                     Message::Ready => Some(Heard::Ready),
                     Message::Started => Some(Heard::Started),
                     Message::Request(ranges) => Some(Heard::Request(ranges)),
                     Message::Done(_) => Some(Heard::Done),
                     Message::Error { code, .. } => Some(Heard::Error(code)),
+                    Message::Ack(had) => {
+                        self.acked = had;
+                        None
+                    }
                     _ => None,
                 };
                 self.input.drain(..len);

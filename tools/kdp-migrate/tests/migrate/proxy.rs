@@ -12,7 +12,7 @@ use std::{
 
 pub struct Proxy {
     pub address: String,
-    to: SocketAddr,
+    to: Mutex<SocketAddr>,
     // Bytes until the next cut; each cut takes the next from the list, and after the last there is none.
     left: AtomicI64,
     cuts: Mutex<Vec<i64>>,
@@ -26,7 +26,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let proxy = Arc::new(Self {
             address: listener.local_addr().unwrap().to_string(),
-            to,
+            to: Mutex::new(to),
             left: AtomicI64::new(cuts.pop().unwrap_or(i64::MAX)),
             cuts: Mutex::new(cuts),
             dead: AtomicBool::new(false),
@@ -39,7 +39,8 @@ impl Proxy {
                 if me.dead.load(SeqCst) {
                     continue;
                 }
-                let Ok(to) = TcpStream::connect(me.to) else {
+                let to = *me.to.lock().unwrap();
+                let Ok(to) = TcpStream::connect(to) else {
                     continue;
                 };
                 let mut streams = me.streams.lock().unwrap();
@@ -79,7 +80,8 @@ impl Proxy {
         let _ = to.shutdown(Shutdown::Both);
     }
 
-    fn cut(&self) {
+    /// All connections end; new ones can be made.
+    pub fn cut(&self) {
         for stream in self.streams.lock().unwrap().drain(..) {
             let _ = stream.shutdown(Shutdown::Both);
         }
@@ -89,5 +91,11 @@ impl Proxy {
     pub fn kill(&self) {
         self.dead.store(true, SeqCst);
         self.cut();
+    }
+
+    /// After that: somebody else is there.
+    pub fn lead_to(&self, to: SocketAddr) {
+        *self.to.lock().unwrap() = to;
+        self.dead.store(false, SeqCst);
     }
 }

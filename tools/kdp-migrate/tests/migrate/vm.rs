@@ -269,7 +269,9 @@ enum State {
 pub struct DestinationVm {
     pages: Mutex<Vec<State>>,
     changed: Condvar,
-    pub misses: Misses,
+    misses: Mutex<Misses>,
+    /// vCPUs and others that wait for a page.
+    pub waiting: AtomicU32,
     pub vcpus: Mutex<Option<Arc<Vcpus>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pub starts: AtomicU32,
@@ -284,7 +286,8 @@ impl DestinationVm {
         Arc::new_cyclic(|me| Self {
             pages: Mutex::new((0..PAGES).map(|_| State::Absent).collect()),
             changed: Condvar::new(),
-            misses: Misses::new(PAGES),
+            misses: Mutex::new(Misses::new(PAGES)),
+            waiting: AtomicU32::new(0),
             vcpus: Mutex::default(),
             threads: Mutex::default(),
             starts: AtomicU32::new(0),
@@ -314,13 +317,38 @@ impl DestinationVm {
             if let Some(error) = &*self.failed.lock().unwrap() {
                 return Err(format!("page {page} will never come: {error}"));
             }
-            self.misses.miss(page);
+            self.misses().miss(page);
+            self.waiting.fetch_add(1, SeqCst);
             pages = self
                 .changed
                 .wait_timeout(pages, Duration::from_millis(100))
                 .unwrap()
                 .0;
+            self.waiting.fetch_sub(1, SeqCst);
         }
+    }
+
+    pub fn misses(&self) -> Misses {
+        self.misses.lock().unwrap().clone()
+    }
+
+    /// Who waits tells a new engine of it.
+    pub fn renew_misses(&self) -> Misses {
+        let misses = Misses::new(PAGES);
+        *self.misses.lock().unwrap() = misses.clone();
+        self.changed.notify_all();
+        misses
+    }
+
+    /// The pages that are not absent.
+    pub fn here(&self) -> PageSet {
+        let mut here = PageSet::new(PAGES);
+        for (page, state) in (0..).zip(self.pages.lock().unwrap().iter()) {
+            if !matches!(state, State::Absent) {
+                here.insert(page);
+            }
+        }
+        here
     }
 
     pub fn is_lost(&self, page: u64) -> bool {
