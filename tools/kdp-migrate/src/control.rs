@@ -74,6 +74,8 @@ pub struct Status {
     pub guest: Whereabouts,
     /// Where it waits for a guest.
     pub listening: Option<String>,
+    /// The process that places its pages, if that is another one.
+    pub handler: Option<u32>,
     /// How far the migration is that is under way, or was the last one.
     pub progress: Option<Progress>,
     /// How its guest came here, when all of it is here.

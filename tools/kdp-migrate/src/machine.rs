@@ -2,7 +2,7 @@
 //!
 //! Pages are numbered through all memslots ([`Layout`]); a range never reaches from one memslot into the next.
 
-use crate::{Epoch, Error, Hint, Layout, MachineError, PageSet};
+use crate::{Epoch, Error, Hint, Layout, MachineError, MigrationId, PageSet};
 use kvm_demand_paging::{PageRange, PAGE_SIZE};
 
 /// What a page of the source holds.
@@ -78,6 +78,11 @@ pub trait SourceMachine {
 pub trait DestinationMachine: Sync {
     /// The guest's memory. Size of backing aside it must be the source's.
     fn layout(&self) -> Layout;
+
+    /// A source has come, with this migration. Who may have to replace the engine notes the id ([`Known`](crate::Known)).
+    fn begins(&self, id: MigrationId) {
+        let _ = id;
+    }
 
     /// Give absent pages from `first` on their bytes; `results` is as long as the pages are many.
     fn place(&self, first: u64, bytes: &[u8], results: &mut [Placed]) -> Result<(), MachineError>;

@@ -61,6 +61,10 @@ pub enum Command {
     /// could not be run, lacks a page that will never come, or did not end in time.
     Linux(LinuxArgs),
 
+    /// Place the pages of a guest for the kdp-vmm that has started this
+    #[command(hide = true)]
+    PageHandler,
+
     /// Write the man pages
     #[command(hide = true)]
     Man {
@@ -147,6 +151,11 @@ pub struct LinuxArgs {
     /// Listen at this Unix socket for 'kdp migrate' and others: commands and replies are lines of JSON
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// With --incoming: a process of its own places the pages. If it dies while the guest runs here already, another one is
+    /// started, which goes on where it was
+    #[arg(long, requires = "incoming")]
+    pub handler_process: bool,
 
     /// With --incoming: seconds without a connection, or without a page that was asked for, after which the rest of a guest
     /// is given up [default: 60]

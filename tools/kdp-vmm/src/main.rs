@@ -40,6 +40,7 @@ fn main() -> ExitCode {
             page,
         } => run_clock(mode, backing.into(), page),
         Command::Linux(linux) => linux_command::run(linux),
+        Command::PageHandler => linux_command::run_handler(),
         Command::Man { dir } => write_man_pages(&dir),
     };
     match result {

@@ -27,6 +27,8 @@ tests! {
     "migrate-cut-connections-are-resumed" => cut_connections_are_resumed,
     "migrate-wrong-pages-are-asked-for-again" => wrong_pages_are_asked_for_again,
     "migrate-destination-killed-before-the-switch" => destination_killed_before_the_switch,
+    "migrate-handler-killed-after-the-switch" => handler_killed_after_the_switch,
+    "migrate-handler-killed-before-the-switch" => handler_killed_before_the_switch,
     "migrate-source-killed-after-the-switch" => source_killed_after_the_switch,
 }
 
@@ -307,4 +309,65 @@ fn source_killed_after_the_switch() -> Result {
         journey.check()?;
     }
     Ok(())
+}
+
+/// The process that brings the pages dies again and again while the guest runs there, and each time another one goes on
+/// where it was: it costs time.
+fn handler_killed_after_the_switch() -> Result {
+    let mut journey = Journey::begin()?;
+    for round in 0..rounds(1) {
+        let there = Vmm::waiting("shmem", &["--handler-process", "--answer", "1"])?;
+        let more = ["--rounds", "0", "--bandwidth", "4M"];
+        let mut moving = journey.at.move_to(&there.address()?, &more)?;
+        there.wait_here()?;
+        let (mut kills, mut before) = (0, None);
+        while !moving.has_ended()? {
+            thread::sleep(Duration::from_millis(300 + 37 * (round + kills)));
+            let handler = there.status()?.handler;
+            if let Some(pid) = handler.filter(|_| handler != before) {
+                // SAFETY: it ends a process that was started for this test.
+                unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+                kills += 1;
+                before = handler;
+            }
+        }
+        let report = moving.report()?;
+        count("handlers killed after the switch", kills);
+        // The last one may have been killed when all was there.
+        ensure!(
+            kills > 2 && report.reconnects >= kills - 1,
+            "{} new connections after {kills} handlers were killed",
+            report.reconnects
+        );
+        there.wait_arrival()?;
+        journey.goes_on_at(there)?;
+    }
+    Ok(())
+}
+
+/// Before the switch there is nothing to go on with: the VMM says so and ends, and the guest runs on at the source.
+fn handler_killed_before_the_switch() -> Result {
+    let mut journey = Journey::begin()?;
+    let mut there = Vmm::waiting("shmem", &["--handler-process"])?;
+    let more = [&SLOW[..], &["--give-up", "0.5"]].concat();
+    let moving = journey.at.move_to(&there.address()?, &more)?;
+    journey.at.wait_phase(Phase::PreCopy)?;
+    let Some(pid) = there.status()?.handler else {
+        fail!("there is no handler");
+    };
+    // SAFETY: it ends a process that was started for this test.
+    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+    count("handlers killed before the switch", 1);
+    let (status, said) = there.wait_end()?;
+    ensure_eq!(status, Some(2), "the destination's exit status");
+    ensure!(
+        said.contains("the page handler died before the guest ran here"),
+        "the destination says {said}"
+    );
+    let failure = moving.failure()?;
+    ensure!(failure.contains("runs on here"), "it says {failure}");
+    journey.at.console.wait_rounds(2)?;
+    let there = Vmm::waiting("shmem", &["--handler-process"])?;
+    journey.at.move_to(&there.address()?, &[])?.report()?;
+    journey.goes_on_at(there)
 }

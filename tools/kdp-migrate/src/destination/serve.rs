@@ -314,6 +314,9 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         if started {
             sender.send(&Message::Started)?;
         }
+        if self.first.is_none() {
+            self.destination.machine.begins(id);
+        }
         self.id = Some(id);
         self.first.get_or_insert_with(Instant::now);
         self.connections += 1;

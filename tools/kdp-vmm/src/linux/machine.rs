@@ -277,6 +277,12 @@ impl Machine {
         Ok(())
     }
 
+    /// End the guest, which cannot go on, for this reason.
+    pub fn fail(&self, why: Error) {
+        self.gate.end(Err(why));
+        self.vcpus.iter().for_each(Vcpu::kick);
+    }
+
     /// Whether the guest has ended.
     pub fn has_ended(&self) -> bool {
         self.gate.has_ended()

@@ -40,7 +40,7 @@ mod vcpu;
 pub use boot::Kernel;
 pub use devices::{Balloon, Console, HintSink, Statistics};
 pub use machine::{Ending, Machine, Setup};
-pub use migration::{Incoming, Outgoing};
+pub use migration::{Incoming, Outgoing, Pages};
 pub use ram::{Ram, MAX_MEMORY, MIN_MEMORY};
 
 /// Who fetches the pages of a guest whose memory is elsewhere.

@@ -4,15 +4,15 @@
 //! addresses of devices ([`MAX_MEMORY`]).
 
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
-use kvm_demand_paging::{
-    Backing, GuestMap, Memfd, Memslot, PageRange, Paging, Placed, PresentBitmap, Vm,
-};
+use kvm_demand_paging::{Backing, GuestMap, Memfd, Memslot, PageRange, Paging, PresentBitmap, Vm};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
+use super::migration::Pages;
 use crate::error::{Error, Result};
 use crate::memory::PAGE_SIZE;
 
@@ -40,6 +40,8 @@ pub struct Ram {
     slot_id: u32,
     /// How often pages were given back. Who gives some back has it for writing, and they are absent for a moment.
     discards: RwLock<u64>,
+    pages: Pages,
+    keeps: AtomicBool,
 }
 
 impl Ram {
@@ -71,17 +73,24 @@ impl Ram {
             memory: device_memory(&guest)?,
             present: memslot.bitmap()?,
             guest,
+            pages: Pages::of(&vm, slot_id)?,
             memslot,
             memfd,
             vm,
             slot_id,
             discards: RwLock::new(0),
+            keeps: AtomicBool::new(false),
         })
     }
 
     /// The VM that the memslot is of.
     pub fn vm(&self) -> &Vm {
         &self.vm
+    }
+
+    /// Their states.
+    pub(crate) fn states(&self) -> &Pages {
+        &self.pages
     }
 
     /// The memslot's id.
@@ -130,49 +139,35 @@ impl Ram {
         (first < end).then(|| PageRange::from(first..end))
     }
 
-    /// Give absent pages their bytes, and leave others alone.
-    pub(crate) fn place(&self, first: u64, bytes: &[u8]) -> Result<Vec<Placed>> {
-        // Between absent and zero a page that is given back would seem to be one that has not come.
+    /// Do something to pages while none is given back: such a one is absent for a moment, and would seem to be one that has
+    /// not come.
+    pub(crate) fn undisturbed<T>(&self, work: impl FnOnce() -> T) -> T {
         let _same = self.discards.read().unwrap_or_else(PoisonError::into_inner);
-        Ok(self.vm.place(self.slot_id, first, bytes)?)
+        work()
     }
 
-    /// Make pages absent, and forget what is in them.
-    pub(crate) fn empty(&self, range: PageRange) -> Result<()> {
-        let _alone = self
-            .discards
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        self.vm.mark_absent(self.slot_id, &[range])?;
-        self.punch(range)
+    /// Give pages back, or take no notice of that the guest could do without them. It does not from the start if another
+    /// process fills pages: that one knows of no [`Self::undisturbed`].
+    pub fn give_pages_back(&self, on: bool) {
+        // Each who gives some back looks once, and either is right.
+        self.keeps.store(!on, Ordering::Relaxed);
     }
 
     /// Give pages back: they take no memory, and read as zeros when they are touched next. The guest has promised not
     /// to use what is in them.
     pub(crate) fn discard(&self, range: PageRange) -> Result<()> {
+        if self.keeps.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let mut discards = self
             .discards
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         *discards += 1;
         // A hole is punched while nobody has the page: what a touch brings in afterwards is in the memfd, too.
-        self.vm.mark_absent(self.slot_id, &[range])?;
-        self.punch(range)?;
-        self.vm.mark_zero(self.slot_id, &[range])?;
+        self.pages.empty(range)?;
+        self.pages.mark_zero(range)?;
         self.note_dirty(range);
-        Ok(())
-    }
-
-    /// Of a huge page a part cannot be given back: that part keeps what is in it, for nobody to see.
-    fn punch(&self, range: PageRange) -> Result<()> {
-        let unit = self.memfd.page_size() / PAGE_SIZE;
-        let (first, end) = (
-            range.first.next_multiple_of(unit),
-            range.end() / unit * unit,
-        );
-        if first < end {
-            self.memfd.punch_hole(PageRange::from(first..end))?;
-        }
         Ok(())
     }
 

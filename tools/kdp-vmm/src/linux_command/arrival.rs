@@ -10,15 +10,36 @@ use kdp_migrate::{Destination, DestinationOptions};
 use kdp_vmm::linux::Incoming;
 use kdp_vmm::Error;
 
+use super::supervisor::Supervisor;
 use super::vmm::{Event, Vmm};
 use crate::args::LinuxArgs;
 
 /// Where a guest is waited for.
-pub struct Arrival {
+pub enum Arrival {
+    /// By this process.
+    Own(Own),
+    /// By another.
+    Supervised(Arc<Supervisor>),
+}
+
+/// A guest that this process takes.
+pub struct Own {
     incoming: Incoming,
     listener: TcpListener,
     options: DestinationOptions,
     vmm: Arc<Vmm>,
+}
+
+/// What `--give-up` and `--answer` say.
+pub fn options(give_up: Option<f64>, answer: Option<f64>) -> DestinationOptions {
+    let mut options = DestinationOptions::default();
+    if let Some(seconds) = give_up {
+        options.give_up = Duration::from_secs_f64(seconds);
+    }
+    if let Some(seconds) = answer {
+        options.answer = Duration::from_secs_f64(seconds);
+    }
+    options
 }
 
 impl Arrival {
@@ -30,26 +51,43 @@ impl Arrival {
                 source,
             });
         let (at, listener) = listener?;
-        let incoming = Incoming::new(args.backing.into(), args.memory, Box::new(io::stdout()))?;
+        let arrival = if args.handler_process {
+            Self::Supervised(Arc::new(Supervisor::new(listener, args, vmm)?))
+        } else {
+            Self::Own(Own {
+                incoming: Incoming::new(args.backing.into(), args.memory, Box::new(io::stdout()))?,
+                listener,
+                options: options(args.give_up, args.answer),
+                vmm: vmm.clone(),
+            })
+        };
         eprintln!("waiting for a guest at {at}");
         vmm.listens(at.to_string());
-        let mut options = DestinationOptions::default();
-        if let Some(seconds) = args.give_up {
-            options.give_up = Duration::from_secs_f64(seconds);
-        }
-        if let Some(seconds) = args.answer {
-            options.answer = Duration::from_secs_f64(seconds);
-        }
-        Ok(Self {
-            incoming,
-            listener,
-            options,
-            vmm: vmm.clone(),
-        })
+        Ok(arrival)
     }
 
     /// Take it, on threads of its own.
     pub fn begin(self) -> Result<(), Error> {
+        match self {
+            Self::Own(own) => own.begin(),
+            Self::Supervised(supervisor) => spawn("supervisor", Box::new(move || supervisor.run())),
+        }
+    }
+}
+
+fn spawn(name: &str, work: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(work)
+        .map(drop)
+        .map_err(|source| Error::Os {
+            what: "start a thread".to_owned(),
+            source,
+        })
+}
+
+impl Own {
+    fn begin(self) -> Result<(), Error> {
         let Self {
             incoming,
             listener,
@@ -57,16 +95,6 @@ impl Arrival {
             vmm,
         } = self;
         let (starting, runs) = (incoming.clone(), vmm.clone());
-        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-            thread::Builder::new()
-                .name(name.to_owned())
-                .spawn(work)
-                .map(drop)
-                .map_err(|source| Error::Os {
-                    what: "start a thread".to_owned(),
-                    source,
-                })
-        };
         spawn(
             "arrival",
             Box::new(move || {

@@ -2,6 +2,9 @@
 
 mod arrival;
 mod control;
+mod handler;
+mod pipe;
+mod supervisor;
 mod vmm;
 
 use std::io;
@@ -15,6 +18,7 @@ use kdp_vmm::Error;
 
 use self::arrival::Arrival;
 use self::control::Control;
+pub use self::handler::run as run_handler;
 use self::vmm::{Event, Vmm};
 use crate::args::LinuxArgs;
 

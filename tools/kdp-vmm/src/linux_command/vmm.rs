@@ -43,6 +43,7 @@ impl Vmm {
                 status: Status {
                     guest: Whereabouts::Awaited,
                     listening: None,
+                    handler: None,
                     progress: None,
                     arrival: None,
                     failure: None,
@@ -92,6 +93,11 @@ impl Vmm {
         state.status.guest = Whereabouts::Here;
         state.machine = Some(machine);
         super::watch(ending, self.events.clone());
+    }
+
+    /// The process that brings its pages.
+    pub fn handler(&self, pid: Option<u32>) {
+        self.lock().status.handler = pid;
     }
 
     /// All of it is here.

@@ -3,9 +3,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use kdp_migrate::{DestinationMachine, Error, Layout, MachineError, Misses, PageSet, Placed};
-use kvm_demand_paging::{Backing, Cause, Claimed, Memfd, PageRange, Paging, Placed as Put, Vm};
+use kvm_demand_paging::{Backing, Memfd, PageRange, Paging, Vm};
 
-use super::layout;
 use crate::error::Result;
 use crate::linux::{Console, Machine, PageRequester, Ram, Setup};
 
@@ -98,18 +97,6 @@ impl Inner {
         self.lock().failed.get_or_insert_with(|| why.to_owned());
         self.changed.notify_all();
     }
-
-    /// All that can be had of it is an error if the page is lost: that is for whoever touches it to find.
-    fn lose(&self, page: u64) -> Result<()> {
-        let (vm, slot) = (self.ram.vm(), self.ram.slot_id());
-        let claimant = vm.claimant(slot)?;
-        let pages = PageRange::page(page);
-        // Nobody has it, so nobody can have written what the loss would take.
-        if claimant.claim(pages)? == [Claimed::Done] {
-            vm.poison(slot, &[pages], Cause::Inherited)?;
-        }
-        Ok(())
-    }
 }
 
 impl PageRequester for Inner {
@@ -134,38 +121,31 @@ impl PageRequester for Inner {
 
 impl DestinationMachine for Incoming {
     fn layout(&self) -> Layout {
-        layout(&self.0.ram)
+        self.0.ram.states().layout()
     }
 
     fn place(&self, first: u64, bytes: &[u8], results: &mut [Placed]) -> Result<(), MachineError> {
-        let put = self.0.ram.place(first, bytes)?;
-        for (result, put) in results.iter_mut().zip(&put) {
-            *result = match put {
-                Put::Now => Placed::Now,
-                Put::Lost => Placed::Lost,
-                _ => Placed::Present,
-            };
-        }
-        self.0.settle(PageRange::new(first, put.len() as u64));
+        let ram = &self.0.ram;
+        ram.undisturbed(|| ram.states().place(first, bytes, results))?;
+        self.0.settle(PageRange::new(first, results.len() as u64));
         Ok(())
     }
 
     fn mark_zero(&self, pages: PageRange) -> Result<(), MachineError> {
-        let ram = &self.0.ram;
-        ram.vm().mark_zero(ram.slot_id(), &[pages])?;
+        self.0.ram.states().mark_zero(pages)?;
         self.0.settle(pages);
         Ok(())
     }
 
     fn mark_lost(&self, pages: PageRange) -> Result<(), MachineError> {
-        pages.iter().try_for_each(|page| self.0.lose(page))?;
+        self.0.ram.states().mark_lost(pages)?;
         self.0.settle(pages);
         Ok(())
     }
 
     fn discard(&self, pages: PageRange) -> Result<(), MachineError> {
         self.0.lock().settled.remove_range(pages);
-        Ok(self.0.ram.empty(pages)?)
+        Ok(self.0.ram.states().empty(pages)?)
     }
 
     fn load(&self, state: &[u8]) -> Result<(), MachineError> {

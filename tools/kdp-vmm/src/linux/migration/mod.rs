@@ -4,19 +4,8 @@
 
 mod incoming;
 mod outgoing;
+mod pages;
 
 pub use incoming::Incoming;
 pub use outgoing::Outgoing;
-
-use kdp_migrate::{Layout, Slot};
-
-use super::ram::Ram;
-
-fn layout(ram: &Ram) -> Layout {
-    Layout(vec![Slot {
-        id: ram.slot_id(),
-        gfn: 0,
-        pages: ram.pages(),
-        backing_shift: ram.memfd().page_size().trailing_zeros(),
-    }])
-}
+pub use pages::Pages;

@@ -6,7 +6,6 @@ use kdp_migrate::{Content, Epoch, Hint, Layout, MachineError, PageSet, SourceMac
 use kvm_demand_paging::PageRange;
 use rustix::io::Errno;
 
-use super::layout;
 use crate::linux::{Balloon, HintSink, Machine, Ram};
 
 /// A machine that is to leave. It is locked for moments only, and may be used beside it.
@@ -59,7 +58,7 @@ impl Outgoing {
 
 impl SourceMachine for Outgoing {
     fn layout(&self) -> Layout {
-        layout(&self.ram)
+        self.ram.states().layout()
     }
 
     /// The memfd is read, not guest memory: that brings no page in, and a page that is lost is an error, not a signal.

@@ -1,0 +1,105 @@
+//! The pages of a guest that is on its way here, for whoever brings them: a process that has the VM, and need not have
+//! the guest.
+
+use kdp_migrate::{Layout, PageSet, Placed, Slot};
+use kvm_demand_paging::{Cause, Claimed, Memfd, Memslot, PageRange, Placed as Put, Vm};
+
+use crate::error::Result;
+
+/// The pages of one memslot.
+pub struct Pages {
+    vm: Vm,
+    slot_id: u32,
+    memslot: Memslot,
+    memfd: Memfd,
+}
+
+impl Pages {
+    /// Of a memslot of this VM.
+    pub fn of(vm: &Vm, slot_id: u32) -> Result<Self> {
+        Ok(Self {
+            memslot: vm.memslot(slot_id)?,
+            memfd: vm.memslot_memfd(slot_id)?,
+            vm: vm.try_clone()?,
+            slot_id,
+        })
+    }
+
+    /// How many.
+    pub fn count(&self) -> u64 {
+        self.memslot.pages()
+    }
+
+    /// For the engines: the memslot begins at guest frame number 0.
+    pub fn layout(&self) -> Layout {
+        Layout(vec![Slot {
+            id: self.slot_id,
+            gfn: 0,
+            pages: self.count(),
+            backing_shift: self.memfd.page_size().trailing_zeros(),
+        }])
+    }
+
+    /// Pages that are present or lost. One that is zero is not told from one that is absent: to say again that it is zero
+    /// changes nothing.
+    pub fn here(&self) -> Result<PageSet> {
+        let bitmap = self.memslot.bitmap()?;
+        let mut here = PageSet::new(self.count());
+        let mut at = 0;
+        while let Some(first) = bitmap.next_present(at) {
+            at = bitmap.next_absent(first).unwrap_or(self.count());
+            here.insert_range(PageRange::from(first..at));
+        }
+        for poisoned in self.vm.poisoned(self.slot_id)? {
+            here.insert_range(poisoned.range);
+        }
+        Ok(here)
+    }
+
+    /// Give absent pages from `first` on their bytes, and leave others alone.
+    pub fn place(&self, first: u64, bytes: &[u8], results: &mut [Placed]) -> Result<()> {
+        let put = self.vm.place(self.slot_id, first, bytes)?;
+        for (result, put) in results.iter_mut().zip(put) {
+            *result = match put {
+                Put::Now => Placed::Now,
+                Put::Lost => Placed::Lost,
+                _ => Placed::Present,
+            };
+        }
+        Ok(())
+    }
+
+    /// Absent pages of these are zero.
+    pub fn mark_zero(&self, pages: PageRange) -> Result<()> {
+        self.vm.mark_zero(self.slot_id, &[pages])?;
+        Ok(())
+    }
+
+    /// Absent pages of these are lost: it is for whoever touches one to find out.
+    pub fn mark_lost(&self, pages: PageRange) -> Result<()> {
+        let claimant = self.vm.claimant(self.slot_id)?;
+        for (page, claimed) in pages.iter().zip(claimant.claim(pages)?) {
+            // Nobody has it, so nobody can have written what the loss would take.
+            if claimed == Claimed::Done {
+                self.vm
+                    .poison(self.slot_id, &[PageRange::page(page)], Cause::Inherited)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// These are absent, and what was in them is forgotten.
+    pub fn empty(&self, pages: PageRange) -> Result<()> {
+        self.vm.mark_absent(self.slot_id, &[pages])?;
+        // Of a huge page a part cannot be given back: that part keeps what is in it, for nobody to see.
+        let unit = self.memfd.page_size() / 4096;
+        let (first, end) = (
+            pages.first.next_multiple_of(unit),
+            pages.end() / unit * unit,
+        );
+        if first < end {
+            self.memfd.punch_hole(PageRange::from(first..end))?;
+        }
+        Ok(())
+    }
+}
