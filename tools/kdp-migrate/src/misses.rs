@@ -36,6 +36,16 @@ struct Want {
     since: Instant,
     // When it was asked for last, over the connection that there is.
     asked: Option<Instant>,
+    // Somebody touched it.
+    fault: bool,
+}
+
+impl State {
+    fn fault_took(&mut self, time: Duration) {
+        if let Some(latency) = &mut self.latency {
+            latency.saturating_record((time.as_micros() as u64).max(1));
+        }
+    }
 }
 
 impl Misses {
@@ -65,10 +75,50 @@ impl Misses {
             return;
         }
         let since = Instant::now();
-        state.wanted.insert(page, Want { since, asked: None });
+        let fault = true;
+        state.wanted.insert(
+            page,
+            Want {
+                since,
+                asked: None,
+                fault,
+            },
+        );
         state.faults += 1;
         state.fresh.push(page);
         self.0.changed.notify_all();
+    }
+
+    /// Ask for these pages, which are needed but were not touched: they are no faults.
+    pub fn want(&self, pages: PageRange) {
+        let mut state = lock(&self.0.state);
+        if state.closed {
+            return;
+        }
+        let since = Instant::now();
+        for page in pages.first..pages.end().min(state.have.limit()) {
+            if state.have.contains(page) || state.wanted.contains_key(&page) {
+                continue;
+            }
+            let fault = false;
+            state.wanted.insert(
+                page,
+                Want {
+                    since,
+                    asked: None,
+                    fault,
+                },
+            );
+            state.fresh.push(page);
+        }
+        self.0.changed.notify_all();
+    }
+
+    /// Somebody has waited for so long for what [`Self::want`] had asked for: a fault.
+    pub fn waited(&self, time: Duration) {
+        let mut state = lock(&self.0.state);
+        state.faults += 1;
+        state.fault_took(time);
     }
 
     /// Whether something is to be asked for; it waits for that, at most for so long.
@@ -135,8 +185,8 @@ impl Misses {
             let Some(want) = state.wanted.remove(&page) else {
                 continue;
             };
-            if let Some(latency) = &mut state.latency {
-                latency.saturating_record((want.since.elapsed().as_micros() as u64).max(1));
+            if want.fault {
+                state.fault_took(want.since.elapsed());
             }
         }
     }
