@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use kdp_vmm::linux::IncomingPager;
 use kdp_vmm::session::{Config, Pattern};
 use kdp_vmm::{BackingArg, Mode, MIN_GPA, PAGE_SIZE};
 use kvm_demand_paging::source::Location;
@@ -148,13 +149,23 @@ pub struct LinuxArgs {
     #[arg(long, value_name = "HOST:PORT", conflicts_with = "kernel")]
     pub incoming: Option<String>,
 
+    /// With --incoming: what pages the guest's memory in while it runs here already
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "PAGER",
+        requires = "incoming"
+    )]
+    pub pager: IncomingPager,
+
     /// Listen at this Unix socket for 'kdp migrate' and others: commands and replies are lines of JSON
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
     /// With --incoming: a process of its own places the pages. If it dies while the guest runs here already, another one is
     /// started, which goes on where it was
-    #[arg(long, requires = "incoming")]
+    #[arg(long, requires = "incoming", conflicts_with = "pager")]
     pub handler_process: bool,
 
     /// With --incoming: seconds without a connection, or without a page that was asked for, after which the rest of a guest

@@ -155,7 +155,8 @@ impl PageRequester for Elsewhere {
         *fetched += 1;
         let mut bytes = [0; PAGE as usize];
         self.source.read(page, &mut bytes)?;
-        self.ram.vm().place(self.ram.slot_id(), page, &bytes)?;
+        let paged = self.ram.paged().ok_or("the device does not page it")?;
+        paged.vm().place(paged.slot_id(), page, &bytes)?;
         Ok(())
     }
 }

@@ -21,6 +21,9 @@ use crate::vmm::{check_all, Vmm};
 tests! {
     "migrate-moves-and-moves-on" => moves_and_moves_on,
     "migrate-by-post-copy-alone" => by_post_copy_alone,
+    "migrate-by-userfaultfd" => by_userfaultfd,
+    "migrate-by-userfaultfd-to-hugetlb" => by_userfaultfd_to_hugetlb,
+    "migrate-by-userfaultfd-fails-closed" => by_userfaultfd_fails_closed,
     "migrate-hinted-pages-do-not-travel" => hinted_pages_do_not_travel,
     "migrate-lost-pages-stay-lost" => lost_pages_stay_lost,
     "migrate-refused-orders-change-nothing" => refused_orders_change_nothing,
@@ -76,6 +79,79 @@ fn by_post_copy_alone() -> Result {
     a.wait_end()?;
     b.console.wait_whole_check()?;
     check_all(&[&first, &a.console, &b.console])
+}
+
+const USERFAULTFD: [&str; 2] = ["--pager", "userfaultfd"];
+
+/// Without the device at the destination: first with rounds, whose pages become stale again; on from there, where the guest
+/// gives pages back meanwhile; and with no page there when it goes on.
+fn with_userfaultfd(backing: &str) -> Result {
+    let mut a = Vmm::waiting("shmem", &[])?;
+    let first = a.bring()?;
+    let mut b = Vmm::waiting(backing, &USERFAULTFD)?;
+    let report = a.move_to(&b.address()?, &SLOW)?.report()?;
+    ensure!(
+        report.rounds > 1,
+        "there was {} round of pre-copy",
+        report.rounds
+    );
+    a.wait_end()?;
+    b.wait_arrival()?;
+    b.console.wait_whole_check()?;
+    let mut c = Vmm::waiting("shmem", &[])?;
+    b.move_to(&c.address()?, &[])?.report()?;
+    b.wait_end()?;
+    c.wait_arrival()?;
+    c.console.wait_whole_check()?;
+    let d = Vmm::waiting(backing, &USERFAULTFD)?;
+    let more = ["--rounds", "0", "--no-hints"];
+    let report = c.move_to(&d.address()?, &more)?.report()?;
+    ensure_eq!(report.sent.precopy, 0, "pages sent in pre-copy");
+    let there = report.destination;
+    ensure!(
+        there.faults > 0 && there.fault_p50_us > 0,
+        "no page was waited for"
+    );
+    if backing != "shmem" {
+        ensure!(
+            there.faults <= MEMORY >> 21,
+            "{} faults on {} huge pages: parts were counted",
+            there.faults,
+            MEMORY >> 21
+        );
+    }
+    c.wait_end()?;
+    d.wait_arrival()?;
+    d.console.wait_whole_check()?;
+    check_all(&[&first, &a.console, &b.console, &c.console, &d.console])
+}
+
+fn by_userfaultfd() -> Result {
+    with_userfaultfd("shmem")
+}
+
+fn by_userfaultfd_to_hugetlb() -> Result {
+    need_huge_pages(2 * (MEMORY >> 21))?;
+    with_userfaultfd("hugetlb-2M")
+}
+
+/// When the rest will never come the guest ends with an error: it has seen no zeros.
+fn by_userfaultfd_fails_closed() -> Result {
+    for backing in ["shmem", "hugetlb-2M"] {
+        let mut a = Vmm::waiting("shmem", &[])?;
+        let first = a.bring()?;
+        let mut b = Vmm::waiting(backing, &["--pager", "userfaultfd", "--give-up", "1"])?;
+        let slow = ["--rounds", "0", "--bandwidth", "1M"];
+        let moving = a.move_to(&b.address()?, &slow)?;
+        b.wait_here()?;
+        a.kill();
+        let (status, said) = b.wait_end()?;
+        ensure_eq!(status, Some(2), "the destination's exit status");
+        ensure!(said.contains("will never come"), "it says {said}");
+        drop(moving);
+        check_all(&[&first, &a.console, &b.console])?;
+    }
+    Ok(())
 }
 
 /// Pages that the guest says are free are not sent, and without its help they are.

@@ -25,9 +25,12 @@ pub(super) fn spawn(
 }
 
 fn serve(ram: &Ram, requester: &dyn PageRequester, end: &EndFlag) -> Result<()> {
+    let Some(paged) = ram.paged() else {
+        return Ok(());
+    };
     let mut events = Vec::new();
     while !end.is_set() {
-        read_events(ram.vm(), &mut events)?;
+        read_events(paged.vm(), &mut events)?;
         events.retain(|event| event.kind == EventKind::Absent);
         events.iter().for_each(|event| requester.ask(event.page));
         for event in &events {
@@ -37,7 +40,7 @@ fn serve(ram: &Ram, requester: &dyn PageRequester, end: &EndFlag) -> Result<()> 
                     event.page, event.tid
                 ))
             })?;
-            ram.wake(event.page)?;
+            paged.wake(event.page)?;
         }
     }
     Ok(())

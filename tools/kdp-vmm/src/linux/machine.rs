@@ -102,7 +102,7 @@ pub(super) fn set_memory(vm: &VmFd, ram: &Ram, flags: u32) -> Result<()> {
         flags,
         guest_phys_addr: 0,
         memory_size: ram.bytes(),
-        userspace_addr: ram.guest().as_ptr() as u64,
+        userspace_addr: ram.guest().addr(),
     };
     // SAFETY: the machine keeps the memory for as long as KVM has the VM: `Machine` drops it last.
     unsafe { vm.set_user_memory_region(region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))
@@ -306,6 +306,11 @@ impl Ending {
     /// As [`Machine::wait`].
     pub fn wait(&self, within: Option<Duration>) -> Result<Option<End>> {
         self.0.ended(within)
+    }
+
+    /// It is to end, with this error.
+    pub(super) fn end(&self, why: Error) {
+        self.0.end(Err(why));
     }
 }
 

@@ -40,8 +40,8 @@ mod vcpu;
 pub use boot::Kernel;
 pub use devices::{Balloon, Console, HintSink, Statistics};
 pub use machine::{Ending, Machine, Setup};
-pub use migration::{Incoming, Outgoing, Pages};
-pub use ram::{Ram, MAX_MEMORY, MIN_MEMORY};
+pub use migration::{Incoming, IncomingPager, Outgoing, Pages};
+pub use ram::{Paged, Ram, MAX_MEMORY, MIN_MEMORY};
 
 /// Who fetches the pages of a guest whose memory is elsewhere.
 pub trait PageRequester: Send + Sync {

@@ -99,8 +99,8 @@ impl Runner {
 
     fn prepare(&self) -> Result<()> {
         interrupt::prepare()?;
-        if self.shared.requester.is_some() {
-            self.shared.ram.vm().set_vcpu_exits(true)?;
+        if let (Some(_), Some(paged)) = (&self.shared.requester, self.shared.ram.paged()) {
+            paged.vm().set_vcpu_exits(true)?;
         }
         Ok(())
     }

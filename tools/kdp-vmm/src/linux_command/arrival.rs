@@ -55,7 +55,12 @@ impl Arrival {
             Self::Supervised(Arc::new(Supervisor::new(listener, args, vmm)?))
         } else {
             Self::Own(Own {
-                incoming: Incoming::new(args.backing.into(), args.memory, Box::new(io::stdout()))?,
+                incoming: Incoming::new(
+                    args.pager,
+                    args.backing.into(),
+                    args.memory,
+                    Box::new(io::stdout()),
+                )?,
                 listener,
                 options: options(args.give_up, args.answer),
                 vmm: vmm.clone(),
@@ -112,7 +117,8 @@ impl Own {
                     Err(e) => {
                         let why = e.to_string();
                         vmm.failed(&why);
-                        // A guest that runs here goes on for as long as it needs none of the pages that are missing.
+                        // A guest that runs here in memory of the device goes on for as long as it needs none of the pages
+                        // that are missing; one on userfaultfd has ended.
                         if !incoming.is_started() {
                             vmm.tell(Event::NeverCame(Error::Invalid(format!(
                                 "no guest came: {why}"

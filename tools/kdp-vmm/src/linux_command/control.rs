@@ -15,6 +15,9 @@ use kdp_vmm::Error;
 
 use super::vmm::{Event, Vmm};
 
+/// How long a guest is given to say which pages are free if no round follows in which it could go on.
+const ONLY_LEAD: Duration = Duration::from_secs(2);
+
 /// The socket. Its name goes when this is dropped.
 pub struct Control(PathBuf);
 
@@ -120,6 +123,9 @@ fn options(order: &Order) -> SourceOptions {
     }
     if let Some(rounds) = order.rounds {
         options.rounds.max_rounds = rounds;
+        if rounds == 0 {
+            options.hint_lead = ONLY_LEAD;
+        }
     }
     if let Some(seconds) = order.give_up_s {
         options.give_up = Duration::from_secs_f64(seconds.clamp(0.0, 1e6));

@@ -49,7 +49,7 @@ impl Supervisor {
     pub fn new(listener: TcpListener, args: &LinuxArgs, vmm: &Arc<Vmm>) -> Result<Self, Error> {
         let memfd = Memfd::create("kdp-vmm-linux", args.backing.into(), args.memory)?;
         let ram = Ram::new(Vm::open()?, SLOT, memfd, Paging::On)?;
-        ram.give_pages_back(false);
+        ram.take_back(false);
         Ok(Self {
             ram: Arc::new(ram),
             listener,
@@ -137,7 +137,11 @@ impl Supervisor {
     }
 
     fn begin(&self, stream: &UnixStream) -> Result<(), Error> {
-        send_vm(stream, self.ram.vm(), "guest")?;
+        let paged = self
+            .ram
+            .paged()
+            .ok_or_else(|| Error::Invalid("the device does not page this memory".to_owned()))?;
+        send_vm(stream, paged.vm(), "guest")?;
         let guest = self.guest();
         let task = Task {
             slot: SLOT,
@@ -163,7 +167,7 @@ impl Supervisor {
                 ToVmm::Start => self.answer(stream, |this| this.start())?,
                 ToVmm::Fail(why) => self.fail(&why),
                 ToVmm::Arrived(report) => {
-                    self.ram.give_pages_back(true);
+                    self.ram.take_back(true);
                     self.vmm.arrived(report);
                     return Ok(End::Settled);
                 }

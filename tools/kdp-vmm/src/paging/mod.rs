@@ -6,7 +6,7 @@ mod file;
 mod floor;
 mod reader;
 mod uffd;
-mod uffd_sys;
+pub(crate) mod uffd_sys;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;

@@ -1,17 +1,13 @@
 //! userfaultfd, missing and minor: what the device is compared with.
 
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_demand_paging::{AliasMap, Memfd, PageRange};
-use rustix::buffer::spare_capacity;
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::io::Errno;
 
-use super::uffd_sys::{Faults, Userfaultfd};
+use super::uffd_sys::{Arrivals, Faults, Userfaultfd};
 use super::{Counters, EndFlag, Handler, Memory, Pager};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::{buffer, GuestMemory, PAGE_SIZE};
 use crate::source::Source;
 
@@ -120,29 +116,6 @@ impl Pager for UffdPager {
             Box::new(move |end| pager.handle(&pager.uffds[n], end))
         };
         (0..self.uffds.len()).map(work).collect()
-    }
-}
-
-/// Waits for a userfaultfd as its users do (its manual page, QEMU, the kernel's own tests): it is polled, and then read
-/// without waiting. A read that waits is a system call less; the kernel gives it no other advantage.
-struct Arrivals(OwnedFd);
-
-impl Arrivals {
-    fn new(uffd: &Userfaultfd) -> Result<Self> {
-        let epoll =
-            epoll::create(CreateFlags::CLOEXEC).map_err(|e| Error::os("epoll_create1", e))?;
-        epoll::add(&epoll, uffd, EventData::new_u64(0), EventFlags::IN)
-            .map_err(|e| Error::os("epoll_ctl", e))?;
-        Ok(Self(epoll))
-    }
-
-    /// Returns at a signal, too.
-    fn wait(&self) -> Result<()> {
-        let mut ready = Vec::with_capacity(1);
-        match epoll::wait(&self.0, spare_capacity(&mut ready), None) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(e) => Err(Error::os("epoll_wait", e)),
-        }
     }
 }
 

@@ -5,6 +5,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvm_demand_paging::AliasMap;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::ioctl::{self, opcode, Opcode, Updater};
 use rustix::mm::{userfaultfd, UserfaultfdFlags};
@@ -51,11 +53,12 @@ struct Copy {
     copied: i64,
 }
 
+/// Of UFFDIO_ZEROPAGE, UFFDIO_CONTINUE and UFFDIO_POISON.
 #[repr(C)]
-struct Continue {
+struct Fill {
     range: Range,
     mode: u64,
-    mapped: i64,
+    filled: i64,
 }
 
 /// struct uffd_msg: an event and its argument, for page faults flags, address and thread.
@@ -64,13 +67,27 @@ const MSG_ADDRESS: std::ops::Range<usize> = 16..24;
 
 const UFFDIO_API: Opcode = opcode::read_write::<Api>(0xaa, 0x3f);
 const UFFDIO_REGISTER: Opcode = opcode::read_write::<Register>(0xaa, 0x00);
+const UFFDIO_UNREGISTER: Opcode = opcode::read::<Range>(0xaa, 0x01);
 const UFFDIO_WAKE: Opcode = opcode::read::<Range>(0xaa, 0x02);
 const UFFDIO_COPY: Opcode = opcode::read_write::<Copy>(0xaa, 0x03);
-const UFFDIO_CONTINUE: Opcode = opcode::read_write::<Continue>(0xaa, 0x07);
+const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<Fill>(0xaa, ZEROPAGE);
+const UFFDIO_CONTINUE: Opcode = opcode::read_write::<Fill>(0xaa, 0x07);
+const UFFDIO_POISON: Opcode = opcode::read_write::<Fill>(0xaa, POISON);
+
+/// Numbers of calls, which are also the bits by which UFFDIO_REGISTER says which of them the memory allows.
+const ZEROPAGE: u8 = 0x04;
+const POISON: u8 = 0x08;
+
+/// What may be done with memory that was registered, beside what all memory allows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Allowed {
+    pub(crate) zero: bool,
+    pub(crate) poison: bool,
+}
 
 /// Which faults are handed to userspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Faults {
+pub(crate) enum Faults {
     /// The page does not exist.
     Missing,
     /// The page exists and is not mapped.
@@ -79,7 +96,7 @@ pub(super) enum Faults {
 
 /// A userfaultfd.
 #[derive(Debug)]
-pub(super) struct Userfaultfd {
+pub(crate) struct Userfaultfd {
     fd: OwnedFd,
 }
 
@@ -90,7 +107,7 @@ impl AsFd for Userfaultfd {
 }
 
 impl Userfaultfd {
-    pub(super) fn new(faults: Faults) -> Result<Self> {
+    pub(crate) fn new(faults: Faults) -> Result<Self> {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         // SAFETY: what the fd does to memory is up to the ranges that are registered later.
         let fd = unsafe { userfaultfd(flags) }.map_err(|e| {
@@ -114,13 +131,13 @@ impl Userfaultfd {
     }
 
     /// Hand faults on this part of the memory to whoever reads the userfaultfd.
-    pub(super) fn register(
+    pub(crate) fn register(
         &self,
         faults: Faults,
         memory: &AliasMap,
         offset: u64,
         len: u64,
-    ) -> Result<()> {
+    ) -> Result<Allowed> {
         let mut register = Register {
             range: range(memory, offset, len),
             mode: match faults {
@@ -130,11 +147,22 @@ impl Userfaultfd {
             ioctls: 0,
         };
         self.ioctl::<UFFDIO_REGISTER, _>(&mut register)
-            .map_err(|e| Error::os("UFFDIO_REGISTER", e))
+            .map_err(|e| Error::os("UFFDIO_REGISTER", e))?;
+        let allows = |call: u8| register.ioctls & (1 << call) != 0;
+        Ok(Allowed {
+            zero: allows(ZEROPAGE),
+            poison: allows(POISON),
+        })
+    }
+
+    /// Watch this memory no more, and let go who waits: pages that are missing read as zeros.
+    pub(crate) fn unregister(&self, memory: &AliasMap) -> Result<()> {
+        self.ioctl::<UFFDIO_UNREGISTER, _>(&mut range(memory, 0, memory.len() as u64))
+            .map_err(|e| Error::os("UFFDIO_UNREGISTER", e))
     }
 
     /// Replace `offsets` by those of the faults on `memory` that are to be read now, perhaps none.
-    pub(super) fn read_faults(&self, memory: &AliasMap, offsets: &mut Vec<u64>) -> Result<()> {
+    pub(crate) fn read_faults(&self, memory: &AliasMap, offsets: &mut Vec<u64>) -> Result<()> {
         let mut buffer = [0; 64 * MSG_SIZE];
         offsets.clear();
         let len = match rustix::io::read(&self.fd, &mut buffer) {
@@ -158,17 +186,26 @@ impl Userfaultfd {
     }
 
     /// Fill the missing pages at `offset` and let go who waits for them.
-    pub(super) fn copy(
+    pub(crate) fn copy(
         &self,
         memory: &AliasMap,
         offset: u64,
         from: &VolatileSlice<'_>,
     ) -> Result<()> {
         let guard = from.ptr_guard();
-        whole(from.len() as u64, "UFFDIO_COPY", |done, left| {
+        self.copy_from(memory, offset, guard.as_ptr() as u64, from.len() as u64)
+    }
+
+    /// The same, from bytes that nobody else writes.
+    pub(crate) fn copy_bytes(&self, memory: &AliasMap, offset: u64, from: &[u8]) -> Result<()> {
+        self.copy_from(memory, offset, from.as_ptr() as u64, from.len() as u64)
+    }
+
+    fn copy_from(&self, memory: &AliasMap, offset: u64, src: u64, len: u64) -> Result<()> {
+        whole(len, "UFFDIO_COPY", |done, left| {
             let mut copy = Copy {
                 dst: range(memory, offset + done, left).start,
-                src: guard.as_ptr() as u64 + done,
+                src: src + done,
                 len: left,
                 mode: 0,
                 copied: 0,
@@ -178,19 +215,39 @@ impl Userfaultfd {
     }
 
     /// Map the pages at `offset`, which exist by now, and let go who waits for them.
-    pub(super) fn resume(&self, memory: &AliasMap, offset: u64, len: u64) -> Result<()> {
-        whole(len, "UFFDIO_CONTINUE", |done, left| {
-            let mut resume = Continue {
+    pub(crate) fn resume(&self, memory: &AliasMap, offset: u64, len: u64) -> Result<()> {
+        self.fill::<UFFDIO_CONTINUE>("UFFDIO_CONTINUE", memory, offset, len)
+    }
+
+    /// Fill the missing pages at `offset` with zeros, if that is allowed, and let go who waits for them.
+    pub(crate) fn zero(&self, memory: &AliasMap, offset: u64, len: u64) -> Result<()> {
+        self.fill::<UFFDIO_ZEROPAGE>("UFFDIO_ZEROPAGE", memory, offset, len)
+    }
+
+    /// Have the missing pages at `offset` be lost, if that is allowed: who touches one of them is told of a memory error.
+    pub(crate) fn poison(&self, memory: &AliasMap, offset: u64, len: u64) -> Result<()> {
+        self.fill::<UFFDIO_POISON>("UFFDIO_POISON", memory, offset, len)
+    }
+
+    fn fill<const OPCODE: Opcode>(
+        &self,
+        what: &str,
+        memory: &AliasMap,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        whole(len, what, |done, left| {
+            let mut fill = Fill {
                 range: range(memory, offset + done, left),
                 mode: 0,
-                mapped: 0,
+                filled: 0,
             };
-            (self.ioctl::<UFFDIO_CONTINUE, _>(&mut resume), resume.mapped)
+            (self.ioctl::<OPCODE, _>(&mut fill), fill.filled)
         })
     }
 
     /// Let go who waits for these pages.
-    pub(super) fn wake(&self, memory: &AliasMap, offset: u64, len: u64) -> Result<()> {
+    pub(crate) fn wake(&self, memory: &AliasMap, offset: u64, len: u64) -> Result<()> {
         self.ioctl::<UFFDIO_WAKE, _>(&mut range(memory, offset, len))
             .map_err(|e| Error::os("UFFDIO_WAKE", e))
     }
@@ -200,6 +257,29 @@ impl Userfaultfd {
         // SAFETY: each caller passes the struct that belongs to its opcode; the memory that it names is of
         // mappings that the caller borrows.
         unsafe { ioctl::ioctl(&self.fd, Updater::<OPCODE, T>::new(argument)) }
+    }
+}
+
+/// Waits for a userfaultfd as its users do (its manual page, QEMU, the kernel's own tests): it is polled, and then read
+/// without waiting. A read that waits is a system call less; the kernel gives it no other advantage.
+pub(crate) struct Arrivals(OwnedFd);
+
+impl Arrivals {
+    pub(crate) fn new(uffd: &Userfaultfd) -> Result<Self> {
+        let epoll =
+            epoll::create(CreateFlags::CLOEXEC).map_err(|e| Error::os("epoll_create1", e))?;
+        epoll::add(&epoll, uffd, EventData::new_u64(0), EventFlags::IN)
+            .map_err(|e| Error::os("epoll_ctl", e))?;
+        Ok(Self(epoll))
+    }
+
+    /// Returns at a signal, too.
+    pub(crate) fn wait(&self) -> Result<()> {
+        let mut ready = Vec::with_capacity(1);
+        match epoll::wait(&self.0, spare_capacity(&mut ready), None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(e) => Err(Error::os("epoll_wait", e)),
+        }
     }
 }
 

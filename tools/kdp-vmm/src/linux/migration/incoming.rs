@@ -2,14 +2,14 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use kdp_migrate::{DestinationMachine, Error, Layout, MachineError, Misses, PageSet, Placed};
-use kvm_demand_paging::{Backing, Memfd, PageRange, Paging, Vm};
+use kdp_migrate::{DestinationMachine, Error, Layout, MachineError, Misses, Placed};
+use kvm_demand_paging::{Backing, PageRange};
 
+use super::device::ByDevice;
+use super::userfaultfd::ByUserfaultfd;
+use super::{layout, IncomingPager, Placer};
 use crate::error::Result;
-use crate::linux::{Console, Machine, PageRequester, Ram, Setup};
-
-/// The memslot's id.
-const SLOT: u32 = 0;
+use crate::linux::{Console, Machine, Ram, Setup};
 
 /// A machine that is about to come, or has come and lacks pages. Clones are the same one.
 #[derive(Clone)]
@@ -18,36 +18,50 @@ pub struct Incoming(Arc<Inner>);
 struct Inner {
     ram: Arc<Ram>,
     misses: Misses,
+    placer: Arc<dyn Placer>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 struct State {
-    /// Pages that are not absent any more.
-    settled: PageSet,
-    /// Why no more will come.
-    failed: Option<String>,
+    /// No more pages will come.
+    failed: bool,
     console: Option<Console>,
     machine: Option<Arc<Mutex<Machine>>>,
     started: bool,
 }
 
 impl Incoming {
-    /// Memory for a machine of so many bytes. What its console says will go to `console`.
-    pub fn new(backing: Backing, bytes: u64, console: Console) -> Result<Self> {
-        let memfd = Memfd::create("kdp-vmm-linux", backing, bytes)?;
-        let ram = Arc::new(Ram::new(Vm::open()?, SLOT, memfd, Paging::On)?);
+    /// Memory for a machine of so many bytes, and what pages it in. What its console says will go to `console`.
+    pub fn new(
+        pager: IncomingPager,
+        backing: Backing,
+        bytes: u64,
+        console: Console,
+    ) -> Result<Self> {
+        let (ram, misses, placer): (_, _, Arc<dyn Placer>) = match pager {
+            IncomingPager::Device => {
+                let ram = Arc::new(Ram::absent(backing, bytes)?);
+                let misses = Misses::new(ram.pages());
+                let placer = ByDevice::new(ram.clone(), misses.clone());
+                (ram, misses, Arc::new(placer))
+            }
+            IncomingPager::Userfaultfd => {
+                let (ram, misses, placer) = ByUserfaultfd::new(backing, bytes)?;
+                (ram, misses, Arc::new(placer))
+            }
+        };
         Ok(Self(Arc::new(Inner {
-            misses: Misses::new(ram.pages()),
+            ram,
+            misses,
+            placer,
             state: Mutex::new(State {
-                settled: PageSet::new(ram.pages()),
-                failed: None,
+                failed: false,
                 console: Some(console),
                 machine: None,
                 started: false,
             }),
             changed: Condvar::new(),
-            ram,
         })))
     }
 
@@ -64,7 +78,7 @@ impl Incoming {
     /// Wait until the machine runs here, and return it, once; nothing if it never will.
     pub fn wait_started(&self) -> Option<Arc<Mutex<Machine>>> {
         let mut state = self.0.lock();
-        while !state.started && state.failed.is_none() {
+        while !state.started && !state.failed {
             state = self.0.wait(state);
         }
         // It has a hold of this, so this must let go of it.
@@ -87,65 +101,27 @@ impl Inner {
             .wait(state)
             .unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn settle(&self, pages: PageRange) {
-        self.lock().settled.insert_range(pages);
-        self.changed.notify_all();
-    }
-
-    fn fail(&self, why: &str) {
-        self.lock().failed.get_or_insert_with(|| why.to_owned());
-        self.changed.notify_all();
-    }
-}
-
-impl PageRequester for Inner {
-    fn ask(&self, page: u64) {
-        self.misses.miss(page);
-    }
-
-    fn fetch(&self, page: u64) -> Result<(), MachineError> {
-        self.misses.miss(page);
-        let mut state = self.lock();
-        loop {
-            if state.settled.contains(page) {
-                return Ok(());
-            }
-            if let Some(why) = &state.failed {
-                return Err(why.clone().into());
-            }
-            state = self.wait(state);
-        }
-    }
 }
 
 impl DestinationMachine for Incoming {
     fn layout(&self) -> Layout {
-        self.0.ram.states().layout()
+        layout(&self.0.ram)
     }
 
     fn place(&self, first: u64, bytes: &[u8], results: &mut [Placed]) -> Result<(), MachineError> {
-        let ram = &self.0.ram;
-        ram.undisturbed(|| ram.states().place(first, bytes, results))?;
-        self.0.settle(PageRange::new(first, results.len() as u64));
-        Ok(())
+        self.0.placer.place(first, bytes, results)
     }
 
     fn mark_zero(&self, pages: PageRange) -> Result<(), MachineError> {
-        self.0.ram.states().mark_zero(pages)?;
-        self.0.settle(pages);
-        Ok(())
+        self.0.placer.mark_zero(pages)
     }
 
     fn mark_lost(&self, pages: PageRange) -> Result<(), MachineError> {
-        self.0.ram.states().mark_lost(pages)?;
-        self.0.settle(pages);
-        Ok(())
+        self.0.placer.mark_lost(pages)
     }
 
     fn discard(&self, pages: PageRange) -> Result<(), MachineError> {
-        self.0.lock().settled.remove_range(pages);
-        Ok(self.0.ram.states().empty(pages)?)
+        self.0.placer.discard(pages)
     }
 
     fn load(&self, state: &[u8]) -> Result<(), MachineError> {
@@ -153,9 +129,11 @@ impl DestinationMachine for Incoming {
         let console = console.ok_or("a state was loaded before")?;
         let setup = Setup {
             console,
-            requester: Some(self.0.clone()),
+            requester: self.0.placer.clone().requester(),
         };
+        self.0.placer.begin()?;
         let machine = Machine::restore(self.0.ram.clone(), state, setup)?;
+        self.0.placer.made(machine.ending());
         self.0.lock().machine = Some(Arc::new(Mutex::new(machine)));
         Ok(())
     }
@@ -172,8 +150,9 @@ impl DestinationMachine for Incoming {
         Ok(())
     }
 
-    /// vCPUs stop at the next page that they need, which is an error of theirs.
     fn fail(&self, error: &Error) {
-        self.0.fail(&error.to_string());
+        self.0.placer.fail(&error.to_string());
+        self.0.lock().failed = true;
+        self.0.changed.notify_all();
     }
 }

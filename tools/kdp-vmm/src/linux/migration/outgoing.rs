@@ -6,6 +6,7 @@ use kdp_migrate::{Content, Epoch, Hint, Layout, MachineError, PageSet, SourceMac
 use kvm_demand_paging::PageRange;
 use rustix::io::Errno;
 
+use super::layout;
 use crate::linux::{Balloon, HintSink, Machine, Ram};
 
 /// A machine that is to leave. It is locked for moments only, and may be used beside it.
@@ -58,7 +59,7 @@ impl Outgoing {
 
 impl SourceMachine for Outgoing {
     fn layout(&self) -> Layout {
-        self.ram.states().layout()
+        layout(&self.ram)
     }
 
     /// The memfd is read, not guest memory: that brings no page in, and a page that is lost is an error, not a signal.
@@ -67,8 +68,10 @@ impl SourceMachine for Outgoing {
             return Ok(Content::Lost);
         }
         // Its memory may hold what was in it before it was given back.
-        if !self.ram.present().is_present(page) {
-            return Ok(Content::Zero);
+        if let Some(paged) = self.ram.paged() {
+            if !paged.present().is_present(page) {
+                return Ok(Content::Zero);
+            }
         }
         match self.ram.memfd().read(page, bytes) {
             Ok(()) => Ok(Content::Bytes),
@@ -96,8 +99,8 @@ impl SourceMachine for Outgoing {
             .for_each(|(index, word)| written.merge_word(index, word));
         // A loss is news, too, and in no log.
         let mut lost = lock(&self.lost);
-        for poisoned in self.ram.vm().poisoned(self.ram.slot_id())? {
-            for page in poisoned.range.iter() {
+        for range in self.ram.lost()? {
+            for page in range.iter() {
                 if lost.insert(page) {
                     written.insert(page);
                 }

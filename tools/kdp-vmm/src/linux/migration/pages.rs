@@ -1,10 +1,12 @@
 //! The pages of a guest that is on its way here, for whoever brings them: a process that has the VM, and need not have
 //! the guest.
 
-use kdp_migrate::{Layout, PageSet, Placed, Slot};
+use kdp_migrate::{Layout, PageSet, Placed};
 use kvm_demand_paging::{Cause, Claimed, Memfd, Memslot, PageRange, Placed as Put, Vm};
 
+use super::layout_of;
 use crate::error::Result;
+use crate::linux::ram::punch;
 
 /// The pages of one memslot.
 pub struct Pages {
@@ -32,12 +34,7 @@ impl Pages {
 
     /// For the engines: the memslot begins at guest frame number 0.
     pub fn layout(&self) -> Layout {
-        Layout(vec![Slot {
-            id: self.slot_id,
-            gfn: 0,
-            pages: self.count(),
-            backing_shift: self.memfd.page_size().trailing_zeros(),
-        }])
+        layout_of(self.slot_id, self.count(), self.memfd.page_size())
     }
 
     /// Pages that are present or lost. One that is zero is not told from one that is absent: to say again that it is zero
@@ -91,15 +88,6 @@ impl Pages {
     /// These are absent, and what was in them is forgotten.
     pub fn empty(&self, pages: PageRange) -> Result<()> {
         self.vm.mark_absent(self.slot_id, &[pages])?;
-        // Of a huge page a part cannot be given back: that part keeps what is in it, for nobody to see.
-        let unit = self.memfd.page_size() / 4096;
-        let (first, end) = (
-            pages.first.next_multiple_of(unit),
-            pages.end() / unit * unit,
-        );
-        if first < end {
-            self.memfd.punch_hole(PageRange::from(first..end))?;
-        }
-        Ok(())
+        punch(&self.memfd, pages)
     }
 }
