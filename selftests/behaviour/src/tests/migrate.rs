@@ -11,8 +11,8 @@ use kdp_migrate::control::Whereabouts;
 use kdp_migrate::wire::{Message, Reason};
 use kdp_migrate::Phase;
 
-use crate::check::Result;
-use crate::harness::{count, rounds};
+use crate::check::{skip, Result};
+use crate::harness::{count, on_debug_kernel, rounds};
 use crate::link::{Fate, Link};
 use crate::linux::{Console, MEMORY};
 use crate::slot::{need_huge_pages, PAGE};
@@ -38,8 +38,17 @@ tests! {
 /// So slow that there is time to do something in each phase.
 const SLOW: [&str; 2] = ["--bandwidth", "16M"];
 
+/// What a debug kernel is to find is found by two of these tests, each of which takes minutes there.
+fn need_fast_kernel() -> Result {
+    if on_debug_kernel() {
+        return skip("it takes minutes on the debug kernel");
+    }
+    Ok(())
+}
+
 /// From memory of one kind to memory of another, and on.
 fn moves_and_moves_on() -> Result {
+    need_fast_kernel()?;
     need_huge_pages(MEMORY >> 21)?;
     let mut a = Vmm::waiting("shmem", &[])?;
     let first = a.bring()?;
@@ -127,16 +136,19 @@ fn with_userfaultfd(backing: &str) -> Result {
 }
 
 fn by_userfaultfd() -> Result {
+    need_fast_kernel()?;
     with_userfaultfd("shmem")
 }
 
 fn by_userfaultfd_to_hugetlb() -> Result {
+    need_fast_kernel()?;
     need_huge_pages(2 * (MEMORY >> 21))?;
     with_userfaultfd("hugetlb-2M")
 }
 
 /// When the rest will never come the guest ends with an error: it has seen no zeros.
 fn by_userfaultfd_fails_closed() -> Result {
+    need_fast_kernel()?;
     for backing in ["shmem", "hugetlb-2M"] {
         let mut a = Vmm::waiting("shmem", &[])?;
         let first = a.bring()?;
@@ -156,6 +168,7 @@ fn by_userfaultfd_fails_closed() -> Result {
 
 /// Pages that the guest says are free are not sent, and without its help they are.
 fn hinted_pages_do_not_travel() -> Result {
+    need_fast_kernel()?;
     let mut a = Vmm::waiting("shmem", &[])?;
     let first = a.bring()?;
     let mut b = Vmm::waiting("shmem", &[])?;
@@ -178,6 +191,7 @@ fn hinted_pages_do_not_travel() -> Result {
 
 /// A page that is lost at the source is lost at the destination, and nothing else is.
 fn lost_pages_stay_lost() -> Result {
+    need_fast_kernel()?;
     // Where a PC has no memory: the guest touches it at neither place.
     const PAGES: [u64; 2] = [0xc8, 0xc9];
     let mut a = Vmm::waiting("shmem", &[])?;
@@ -206,6 +220,7 @@ fn lost_pages_stay_lost() -> Result {
 
 /// An order that cannot be carried out leaves the guest where it is, and it can be moved after that.
 fn refused_orders_change_nothing() -> Result {
+    need_fast_kernel()?;
     let mut a = Vmm::waiting("shmem", &[])?;
     let refusal = a.move_to("127.0.0.1:1", &[])?.failure()?;
     ensure!(
@@ -268,6 +283,7 @@ impl Journey {
 
 /// The connection breaks in every phase, again and again: it costs time.
 fn cut_connections_are_resumed() -> Result {
+    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     for round in 0..rounds(2) {
         let there = Vmm::waiting("shmem", &[])?;
@@ -297,6 +313,7 @@ fn cut_connections_are_resumed() -> Result {
 
 /// A source that answers with another page than was asked for, with one twice, or with rubbish, is asked again.
 fn wrong_pages_are_asked_for_again() -> Result {
+    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     for _ in 0..rounds(1) {
         let there = Vmm::waiting("shmem", &["--answer", "0.5"])?;
@@ -333,6 +350,7 @@ fn wrong_pages_are_asked_for_again() -> Result {
 
 /// Before the switch the guest is the source's: a destination that dies costs nothing, and another one takes it.
 fn destination_killed_before_the_switch() -> Result {
+    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     for round in 0..rounds(2) {
         let mut there = Vmm::waiting("shmem", &[])?;
@@ -363,6 +381,7 @@ fn destination_killed_before_the_switch() -> Result {
 /// After the switch only the source has the pages that are missing: without it the guest stops at the first of them, with
 /// an error that names it, and reads no zeros.
 fn source_killed_after_the_switch() -> Result {
+    need_fast_kernel()?;
     for round in 0..rounds(1) {
         let mut journey = Journey::begin()?;
         let mut there = Vmm::waiting("shmem", &["--give-up", "1"])?;
@@ -423,6 +442,7 @@ fn handler_killed_after_the_switch() -> Result {
 
 /// Before the switch there is nothing to go on with: the VMM says so and ends, and the guest runs on at the source.
 fn handler_killed_before_the_switch() -> Result {
+    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     let mut there = Vmm::waiting("shmem", &["--handler-process"])?;
     let more = [&SLOW[..], &["--give-up", "0.5"]].concat();
