@@ -9,7 +9,7 @@ TOOLBOX := scripts/toolbox run
 
 .PHONY: help
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## all set-up: toolbox, test kernel, module, tools (each once)
@@ -57,6 +57,10 @@ demo: setup ## the main job on a real guest: a lazy restore under an unmodified 
 bench: setup ## the benchmark, on both clocks (build/bench/latest.json, report.html); QUICK=1 for 1 vCPU
 	@$(if $(QUICK),true,scripts/demand-paging-test setup)
 	@scripts/bench $(if $(QUICK),--quick)
+
+.PHONY: bench-migration
+bench-migration: setup ## post-copy of a Linux guest beside userfaultfd's (build/bench/migration.json)
+	@scripts/bench-migration
 
 .PHONY: shell
 shell: setup ## a shell in the test VM with the module loaded

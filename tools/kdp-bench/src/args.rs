@@ -6,6 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use kdp_vmm::session::Pattern;
 use kdp_vmm::{BackingArg, Mode};
 
+use crate::migration::MigrationArgs;
 use crate::row::Clock;
 
 /// Measure what paging in one page costs, in every mode, in one process
@@ -44,6 +45,9 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         profile: Vec<PathBuf>,
     },
+
+    /// Move a Linux guest by post-copy, in memory of the device and on userfaultfd, and compare
+    Migration(MigrationArgs),
 
     /// Take one measurement and print it as JSON
     #[command(hide = true)]

@@ -9,6 +9,7 @@ mod link;
 mod machine;
 mod measure;
 mod memory_error;
+mod migration;
 mod plan;
 mod plot;
 mod profile;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use crate::args::{Args, Command, RunArgs};
+use crate::migration::MigrationArgs;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,8 @@ enum Error {
     },
     #[error("the row of {row}: {why}")]
     Row { row: String, why: &'static str },
+    #[error("migration: {0}")]
+    Migration(String),
     #[error("{0}: what was counted of the module is not there")]
     Profile(String),
     #[error("a plot cannot be drawn: {0}")]
@@ -81,6 +85,7 @@ fn main() -> ExitCode {
             html,
             profile,
         }) => report(files, profile, out.as_deref(), html.as_deref()),
+        Some(Command::Migration(args)) => migration(args),
         Some(Command::Measure { job }) => measure_one(job),
         Some(Command::Man { dir }) => {
             let write = std::fs::create_dir_all(dir)
@@ -109,6 +114,11 @@ fn bench(args: &RunArgs) -> Result<(), Error> {
         0 => Ok(()),
         missing => Err(Error::Missing(missing)),
     }
+}
+
+fn migration(args: &MigrationArgs) -> Result<(), Error> {
+    print!("{}", migration::report(&migration::run(args)?));
+    Ok(())
 }
 
 fn report(
