@@ -132,9 +132,11 @@ fn table(report: &SourceReport) -> String {
     if report.reconnects > 0 {
         rows.push(("connections lost", report.reconnects.to_string()));
     }
-    rows.iter()
-        .map(|(name, value)| format!("{name:<22}  {value}\n"))
-        .collect()
+    let mut text = String::new();
+    for (name, value) in rows {
+        text.push_str(&format!("{name:<22}  {value}\n"));
+    }
+    text
 }
 
 fn ms(ms: f64) -> String {

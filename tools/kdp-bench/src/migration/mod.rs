@@ -31,8 +31,8 @@ use crate::Error;
 const WINDOW: usize = 16;
 
 /// Windows before the move: those that are left out, and those whose median counts.
-const WARM_UP: usize = 3;
-const BEFORE: usize = 8;
+const WARM_UP: usize = 2;
+const BEFORE: usize = 5;
 
 /// How often a move is tried.
 const ATTEMPTS: usize = 3;
@@ -62,7 +62,7 @@ pub struct MigrationArgs {
     pub bandwidth: u64,
 
     /// Guest memory in MiB
-    #[arg(long, default_value_t = 256, value_name = "MIB")]
+    #[arg(long, default_value_t = 192, value_name = "MIB")]
     pub memory: u64,
 
     /// The VMM
@@ -139,8 +139,10 @@ struct Sample {
     faults: f64,
     /// All that the source has sent.
     bytes: f64,
-    /// What the guest has said is free.
+    /// What the guest has said is free: none of it was sent.
     free_bytes: f64,
+    /// Pages of zeros, each of which was sent as a word.
+    zero_bytes: f64,
     /// From the order to run to the last page.
     postcopy_ms: f64,
     /// A round of the load before the move.
@@ -218,6 +220,7 @@ fn summary(samples: &[Sample]) -> [Sample; 3] {
     let faults = of(|sample| sample.faults);
     let bytes = of(|sample| sample.bytes);
     let free_bytes = of(|sample| sample.free_bytes);
+    let zero_bytes = of(|sample| sample.zero_bytes);
     let postcopy_ms = of(|sample| sample.postcopy_ms);
     let round_ms = of(|sample| sample.round_ms);
     [0, 1, 2].map(|n| Sample {
@@ -228,6 +231,7 @@ fn summary(samples: &[Sample]) -> [Sample; 3] {
         faults: faults[n],
         bytes: bytes[n],
         free_bytes: free_bytes[n],
+        zero_bytes: zero_bytes[n],
         postcopy_ms: postcopy_ms[n],
         round_ms: round_ms[n],
     })
@@ -357,6 +361,7 @@ fn measure(
         faults: there.faults as f64,
         bytes: report.bytes_sent as f64,
         free_bytes: (report.pages_hinted_free * PAGE_SIZE) as f64,
+        zero_bytes: (report.sent.zero * PAGE_SIZE) as f64,
         postcopy_ms: there.postcopy_ms,
         round_ms: usual * 1e3 / WINDOW as f64,
     })

@@ -89,14 +89,14 @@ mod tests {
                 let mut byte = [0];
                 // Not read_exact(), which goes on after EINTR.
                 match read.read(&mut byte) {
-                    Ok(_) => sender.send(byte[0]).unwrap(),
+                    Ok(count) => sender.send((count, byte[0])).unwrap(),
                     Err(e) => assert_eq!(e.kind(), ErrorKind::Interrupted),
                 }
             }
         })
         .unwrap();
         write.write_all(b"x").unwrap();
-        assert_eq!(receiver.recv().unwrap(), b'x');
+        assert_eq!(receiver.recv().unwrap(), (1, b'x'));
         thread.end().unwrap();
         assert!(receiver.recv().is_err());
     }
