@@ -5,8 +5,9 @@
 //! Once in some 100,000 world switches, the more often the more threads of vCPUs share a CPU, the state that QEMU stores
 //! for the guest at a #VMEXIT is its host's: its RIP is the instruction behind VMRUN in kvm_amd's __svm_vcpu_run(), to
 //! the byte, as if the exit had been taken a second time by the host. KVM then runs the guest at that address: most take
-//! a triple fault at once, some an endless row of page faults. It happens on userfaultfd without our module, too. No test
-//! can pass with such a guest, and none of our guests has anything at these addresses, so the test is run again.
+//! a triple fault at once, or end in an internal error of KVM's, some in an endless row of page faults. It happens on
+//! userfaultfd without our module, too. No test can pass with such a guest, and none of our guests has anything at these
+//! addresses, so the test is run again.
 
 use std::fs;
 use std::ops::Range;
@@ -19,7 +20,22 @@ fn is_emulated() -> bool {
 
 /// Whether a test that failed with this output lost its guest at once.
 pub fn ended_a_guest(output: &str) -> bool {
-    is_emulated() && output.contains("triple fault")
+    if !is_emulated() {
+        return false;
+    }
+    let stopped = || {
+        let kvm = own_kvm()?;
+        let mut stops = output
+            .lines()
+            .filter(|line| line.contains(" stopped at rip "));
+        stops.find(|line| rip(line).is_some_and(|rip| kvm.contains(&rip)))
+    };
+    output.contains("triple fault") || stopped().is_some()
+}
+
+/// Where this machine's kvm_amd is.
+fn own_kvm() -> Option<Range<u64>> {
+    module_at(&fs::read_to_string("/proc/modules").ok()?, "kvm_amd")
 }
 
 /// If a guest that is running now is a lost one: where it is.
@@ -27,8 +43,7 @@ pub fn lost_guest() -> Option<String> {
     if !is_emulated() {
         return None;
     }
-    let modules = fs::read_to_string("/proc/modules").ok()?;
-    let kvm = module_at(&modules, "kvm_amd")?;
+    let kvm = own_kvm()?;
     stuck::trace(&["kvm/kvm_entry"])
         .iter()
         .filter_map(|line| rip(line))
@@ -50,9 +65,9 @@ fn module_at(modules: &str, name: &str) -> Option<Range<u64>> {
     Some(base..base + size)
 }
 
-/// The guest's instruction pointer in an event.
+/// The guest's instruction pointer in an event, or in what a VMM says.
 fn rip(line: &str) -> Option<u64> {
-    let (_, rest) = line.split_once(", rip 0x")?;
+    let (_, rest) = line.split_once(" rip 0x")?;
     let digits = rest.split(|c: char| !c.is_ascii_hexdigit()).next()?;
     u64::from_str_radix(digits, 16).ok()
 }
@@ -69,6 +84,8 @@ mod tests {
         assert!(kvm.contains(&rip(lost).expect("it has a rip")));
         let fine = " behaviour-7754 [000] d..1.  1063.6: kvm_entry: vcpu 0, rip 0x1007 intr_info 0x00000000";
         assert!(!kvm.contains(&rip(fine).expect("it has a rip")));
+        let said = "error: vCPU 0 stopped at rip 0xffffffffa019d3dc: InternalError";
+        assert!(kvm.contains(&rip(said).expect("it has a rip")));
         assert_eq!(rip("kvm_exit: reason npf"), None);
         assert_eq!(
             module_at("kvm_amd 389120 4 - Live 0x0000000000000000", "kvm_amd"),

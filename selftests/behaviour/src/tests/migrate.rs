@@ -3,7 +3,7 @@
 //! Linux that moves from one VMM to another, each a program of its own, while its load checks every page that it has.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::harness::{count, on_debug_kernel, rounds};
 use crate::link::{Fate, Link};
 use crate::linux::{Console, MEMORY};
 use crate::slot::{need_huge_pages, PAGE};
+use crate::task::PATIENCE;
 use crate::vmm::{check_all, Vmm};
 
 tests! {
@@ -33,6 +34,7 @@ tests! {
     "migrate-destination-killed-before-the-switch" => destination_killed_before_the_switch,
     "migrate-handler-killed-after-the-switch" => handler_killed_after_the_switch,
     "migrate-handler-killed-before-the-switch" => handler_killed_before_the_switch,
+    "migrate-source-killed-while-the-state-is-loaded" => source_killed_while_the_state_is_loaded,
     "migrate-source-killed-after-the-switch" => source_killed_after_the_switch,
 }
 
@@ -497,4 +499,38 @@ fn handler_killed_before_the_switch() -> Result {
     let there = Vmm::waiting("shmem", &["--handler-process"])?;
     journey.at.move_to(&there.address()?, &[])?.report()?;
     journey.goes_on_at(there)
+}
+
+/// What loads the state waits for pages in the kernel. If the source dies then, no guest comes, and the VMM says so and ends.
+fn source_killed_while_the_state_is_loaded() -> Result {
+    need_fast_kernel()?;
+    for more in [
+        &["--give-up", "1"][..],
+        &["--give-up", "1", "--handler-process"],
+    ] {
+        let mut journey = Journey::begin()?;
+        let mut there = Vmm::waiting("shmem", more)?;
+        let link = Link::to(&there.address()?)?;
+        let (tell, told) = mpsc::channel();
+        link.meddle(Box::new(move |message| {
+            let is_loading = matches!(message, Message::Prepare { .. });
+            if is_loading {
+                // The test may have failed meanwhile.
+                let _ = tell.send(());
+            }
+            Fate::Pass
+        }));
+        // Nothing of the guest is there, so the load needs what the source is to send.
+        let moving = journey.at.move_to(link.address(), &["--rounds", "0"])?;
+        told.recv_timeout(PATIENCE)?;
+        journey.at.kill();
+        count("sources killed at the switch", 1);
+        moving.failure()?;
+        let (status, said) = there.wait_end()?;
+        // It may have been loaded, and even started, before the source died.
+        ensure_eq!(status, Some(2), "the destination's exit status");
+        println!("it says {said}");
+        journey.check()?;
+    }
+    Ok(())
 }

@@ -52,9 +52,6 @@ enum Kind {
 /// What there is of memory that the device pages.
 pub struct Paged {
     present: PresentBitmap,
-    memslot: Memslot,
-    vm: Vm,
-    slot_id: u32,
     /// How often pages were given back. Who gives some back has it for writing, and they are absent for a moment.
     discards: RwLock<u64>,
     states: Pages,
@@ -75,17 +72,17 @@ struct Plain {
 impl Paged {
     /// The VM that the memslot is of.
     pub fn vm(&self) -> &Vm {
-        &self.vm
+        self.states.vm()
     }
 
     /// The memslot's id.
     pub fn slot_id(&self) -> u32 {
-        self.slot_id
+        self.states.slot_id()
     }
 
     /// The memslot.
     pub fn memslot(&self) -> &Memslot {
-        &self.memslot
+        self.states.memslot()
     }
 
     /// Which pages are there.
@@ -120,8 +117,8 @@ impl Paged {
     pub(crate) fn wake(&self, page: u64) -> Result<()> {
         let _same = self.discards.read().unwrap_or_else(PoisonError::into_inner);
         if self.present.is_present(page) {
-            self.vm
-                .mark_present(self.slot_id, &[PageRange::page(page)])?;
+            self.vm()
+                .mark_present(self.slot_id(), &[PageRange::page(page)])?;
         }
         Ok(())
     }
@@ -160,10 +157,7 @@ impl Ram {
         let guest = memslot.map()?.into();
         let kind = Kind::Paged(Paged {
             present: memslot.bitmap()?,
-            states: Pages::of(&vm, slot_id)?,
-            memslot,
-            vm,
-            slot_id,
+            states: Pages::of(vm, slot_id)?,
             discards: RwLock::new(0),
             takes_back: AtomicBool::new(true),
         });
@@ -306,7 +300,7 @@ impl Ram {
     pub(crate) fn lost(&self) -> Result<Vec<PageRange>> {
         Ok(match &self.kind {
             Kind::Paged(paged) => {
-                let poisoned = paged.vm.poisoned(paged.slot_id)?;
+                let poisoned = paged.vm().poisoned(paged.slot_id())?;
                 poisoned.iter().map(|run| run.range).collect()
             }
             Kind::Plain(plain) => lock(&plain.lost).runs().collect(),

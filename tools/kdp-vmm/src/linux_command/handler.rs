@@ -10,7 +10,7 @@ use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::{exit, ExitCode};
-use std::sync::{mpsc, Mutex, PoisonError};
+use std::sync::{mpsc, Arc, Mutex, PoisonError};
 use std::thread;
 
 use kdp_migrate::{
@@ -18,7 +18,7 @@ use kdp_migrate::{
 };
 use kdp_vmm::linux::Pages;
 use kdp_vmm::Error;
-use kvm_demand_paging::{receive_vm, EventKind, PageRange, Vm};
+use kvm_demand_paging::{receive_vm, EventKind, PageRange};
 
 use super::arrival::options;
 use super::pipe::{receive, send, Task, ToHandler, ToVmm};
@@ -53,27 +53,27 @@ pub fn run() -> Result<ExitCode, Error> {
         exit(0)
     });
     let remote = Remote {
-        pages: Pages::of(&vm, task.slot)?,
+        pages: Arc::new(Pages::of(vm, task.slot)?),
         stream,
         answer: Mutex::new(answer),
     };
-    remote.serve(vm, &listener, &task)?;
+    remote.serve(&listener, &task)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Pages here, a machine there.
 struct Remote {
-    pages: Pages,
+    pages: Arc<Pages>,
     stream: UnixStream,
     answer: Mutex<mpsc::Receiver<Result<(), String>>>,
 }
 
 impl Remote {
-    fn serve(self, vm: Vm, listener: &TcpListener, task: &Task) -> Result<(), Error> {
+    fn serve(self, listener: &TcpListener, task: &Task) -> Result<(), Error> {
         let misses = Misses::new(self.pages.count());
-        let tells = misses.clone();
+        let (pages, tells) = (self.pages.clone(), misses.clone());
         thread::spawn(move || {
-            for event in vm.events() {
+            for event in pages.vm().events() {
                 match event {
                     Ok(event) if event.kind == EventKind::Absent => tells.miss(event.page),
                     Ok(_) => {}

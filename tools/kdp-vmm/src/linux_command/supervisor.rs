@@ -165,7 +165,12 @@ impl Supervisor {
                 ToVmm::Progress(progress) => self.vmm.progress(&progress),
                 ToVmm::Load(state) => self.answer(stream, move |this| this.load(&state))?,
                 ToVmm::Start => self.answer(stream, |this| this.start())?,
-                ToVmm::Fail(why) => self.fail(&why),
+                ToVmm::Fail(why) if self.guest().started => self.fail(&why),
+                // The handler waits for its state to be loaded, which may wait for a page.
+                ToVmm::Fail(why) => {
+                    self.failed(&why);
+                    return Ok(End::Settled);
+                }
                 ToVmm::Arrived(report) => {
                     self.ram.take_back(true);
                     self.vmm.arrived(report);

@@ -134,6 +134,7 @@ impl Vmm {
         }
         state.moving = true;
         state.status.failure = None;
+        state.status.progress = Some(Progress::at(Phase::Connecting, self.pages));
         Ok(machine)
     }
 

@@ -11,6 +11,7 @@ use kvm_demand_paging::PageRange;
 
 use super::Placer;
 use crate::error::{Error, Result};
+use crate::linux::machine::Ending;
 use crate::linux::ram::Paged;
 use crate::linux::{PageRequester, Ram};
 
@@ -28,6 +29,8 @@ struct State {
     awaited: HashMap<u64, usize>,
     /// Why no more will come.
     failed: Option<String>,
+    /// There is a machine, whose vCPUs ask for pages.
+    made: bool,
 }
 
 impl ByDevice {
@@ -38,6 +41,7 @@ impl ByDevice {
                 settled: PageSet::new(ram.pages()),
                 awaited: HashMap::new(),
                 failed: None,
+                made: false,
             }),
             changed: Condvar::new(),
             ram,
@@ -126,9 +130,24 @@ impl Placer for ByDevice {
         Some(self)
     }
 
-    /// vCPUs stop at the next page that they need, which is an error of theirs.
+    fn made(&self, machine: Ending) {
+        drop(machine);
+        self.lock().made = true;
+    }
+
+    /// vCPUs stop at the next page that they need, which is an error of theirs. Who loads the state waits in the kernel, and
+    /// asks nobody: without the memslot its access fails.
     fn fail(&self, why: &str) {
-        self.lock().failed.get_or_insert_with(|| why.to_owned());
+        let made = {
+            let mut state = self.lock();
+            state.failed.get_or_insert_with(|| why.to_owned());
+            state.made
+        };
         self.changed.notify_all();
+        if let (false, Some(paged)) = (made, self.ram.paged()) {
+            if let Err(e) = paged.vm().remove_memslot(paged.slot_id()) {
+                tracing::warn!("who loads the state may wait for ever: {e}");
+            }
+        }
     }
 }

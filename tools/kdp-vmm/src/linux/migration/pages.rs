@@ -18,13 +18,28 @@ pub struct Pages {
 
 impl Pages {
     /// Of a memslot of this VM.
-    pub fn of(vm: &Vm, slot_id: u32) -> Result<Self> {
+    pub fn of(vm: Vm, slot_id: u32) -> Result<Self> {
         Ok(Self {
             memslot: vm.memslot(slot_id)?,
             memfd: vm.memslot_memfd(slot_id)?,
-            vm: vm.try_clone()?,
+            vm,
             slot_id,
         })
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// The memslot's id.
+    pub fn slot_id(&self) -> u32 {
+        self.slot_id
+    }
+
+    /// The memslot.
+    pub fn memslot(&self) -> &Memslot {
+        &self.memslot
     }
 
     /// How many.
