@@ -122,8 +122,8 @@ impl Sender {
 impl Receiver {
     /// The next message, or nothing if none comes within a tick.
     pub(crate) fn receive(&mut self) -> Result<Received<'_>, End> {
-        // The frame is found first and parsed again below: what borrows must not be kept over a read.
-        while wire::decode(&self.input[self.used..self.filled])?.is_none() {
+        // What borrows must not be kept over a read: a frame is decoded when it is whole.
+        while !wire::is_whole(&self.input[self.used..self.filled])? {
             if self.used > 0 {
                 self.input.copy_within(self.used..self.filled, 0);
                 self.filled -= self.used;

@@ -474,8 +474,46 @@ pub fn encode(message: &Message<'_>, out: &mut Vec<u8>) {
 ///
 /// Whatever `bytes` are, they are either that or an error. It allocates no more than a frame may be long.
 pub fn decode(bytes: &[u8]) -> Result<Option<(Message<'_>, usize)>, Bad> {
+    let Some(head) = head(bytes)? else {
+        return Ok(None);
+    };
+    let Some(payload) = bytes[HEADER..].get(..head.len as usize) else {
+        return Ok(None);
+    };
+    let found = checksum(&bytes[..8], payload);
+    if found != head.checksum {
+        return Err(Bad {
+            code: Code::Checksum,
+            what: format!(
+                "the checksum of a frame is {found:#010x}, it says {:#010x}",
+                head.checksum
+            ),
+        });
+    }
+    let message = parse(head.kind, payload)?.ok_or_else(|| {
+        malformed(format!(
+            "a frame of kind {} with {} bytes",
+            head.kind, head.len
+        ))
+    })?;
+    Ok(Some((message, HEADER + head.len as usize)))
+}
+
+/// Whether `bytes` begin with all of a frame, be it a right one or not: cheaper than to decode it.
+pub(crate) fn is_whole(bytes: &[u8]) -> Result<bool, Bad> {
+    Ok(head(bytes)?.is_some_and(|head| bytes.len() - HEADER >= head.len as usize))
+}
+
+struct Head {
+    len: u32,
+    kind: u16,
+    checksum: u32,
+}
+
+/// The header of a frame, if it is all there.
+fn head(bytes: &[u8]) -> Result<Option<Head>, Bad> {
     let mut header = Fields(bytes);
-    let (Some(len), Some(kind), Some(reserved), Some(named)) =
+    let (Some(len), Some(kind), Some(reserved), Some(checksum)) =
         (header.u32(), header.u16(), header.u16(), header.u32())
     else {
         return Ok(None);
@@ -491,19 +529,11 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Message<'_>, usize)>, Bad> {
             "there is no frame of kind {kind} with {reserved} in its reserved bytes"
         )));
     }
-    let Some(payload) = bytes[HEADER..].get(..len as usize) else {
-        return Ok(None);
-    };
-    let found = checksum(&bytes[..8], payload);
-    if found != named {
-        return Err(Bad {
-            code: Code::Checksum,
-            what: format!("the checksum of a frame is {found:#010x}, it says {named:#010x}"),
-        });
-    }
-    let message = parse(kind, payload)?
-        .ok_or_else(|| malformed(format!("a frame of kind {kind} with {len} bytes")))?;
-    Ok(Some((message, HEADER + len as usize)))
+    Ok(Some(Head {
+        len,
+        kind,
+        checksum,
+    }))
 }
 
 fn versioned(from: &mut Fields<'_>) -> Result<Option<u32>, Bad> {

@@ -347,8 +347,10 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                 reason,
                 data,
             } => {
+                let came = self.place(pages, reason, data)?;
+                // Placing takes longer than to tell of it, and a request need not wait for that.
                 let _order = lock(&self.shared.order);
-                self.place(pages, reason, data)?;
+                came.into_iter().for_each(|run| self.misses().came(run));
                 self.had += 1;
                 sender.send(&Message::Ack(self.had))?;
             }
@@ -431,7 +433,13 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         }
     }
 
-    fn place(&mut self, pages: PageRange, reason: Reason, data: Data<'_>) -> Result<(), Fault> {
+    /// Which of them were not here before.
+    fn place(
+        &mut self,
+        pages: PageRange,
+        reason: Reason,
+        data: Data<'_>,
+    ) -> Result<Vec<PageRange>, Fault> {
         let end = pages.end();
         if end > self.pages || end > self.layout.end_of(pages.first) {
             return Err(malformed(format!(
@@ -446,7 +454,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         }
         let absent = self.misses().arriving(pages);
         self.too_late += pages.count - absent.iter().map(|run| run.count).sum::<u64>();
-        for run in absent {
+        for &run in &absent {
             match data {
                 Data::Bytes(bytes) => {
                     let at = (run.first - pages.first) as usize * PAGE_SIZE;
@@ -463,7 +471,6 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                     .mark_lost(run)
                     .map_err(cannot("mark a page as lost"))?,
             }
-            self.misses().came(run);
         }
         *match reason {
             Reason::PreCopy => &mut self.received.precopy,
@@ -475,7 +482,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             Data::Zero => self.received.zero += pages.count,
             Data::Lost => self.received.lost += pages.count,
         }
-        Ok(())
+        Ok(absent)
     }
 
     /// What is here of these pages is dropped.
