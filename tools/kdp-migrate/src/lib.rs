@@ -19,7 +19,8 @@
 //! ([`Destination::replace`]): that one tells with the welcome which pages are there.
 //!
 //! The rules are pure logic, a file each: [`hints`] (what a free-page hint is worth), [`rounds`] (when pre-copy ends),
-//! [`bucket`] (bandwidth), [`schedule`] (which page is sent next, and what a cut connection has lost), [`wire`] (bytes).
+//! [`bucket`] (bandwidth), [`ledbat`] (how much is on its way in the background), [`schedule`] (which page is sent next, and
+//! what a cut connection has lost), [`wire`] (bytes).
 //! Documentation/migration.md explains them, and who may fail when.
 
 #![deny(missing_docs)]
@@ -30,6 +31,7 @@ mod destination;
 mod error;
 pub mod hints;
 mod layout;
+pub mod ledbat;
 mod link;
 mod machine;
 mod misses;

@@ -14,10 +14,10 @@ pub struct SourceOptions {
     pub bandwidth: Option<u64>,
     /// How long the guest is given to hint before the first page is sent.
     pub hint_lead: Duration,
-    /// Bytes that may be on their way before the switch.
+    /// Bytes that may be on their way.
     pub window: u64,
-    /// The same after it, in the background. A requested page waits behind those at most.
-    pub postcopy_window: u64,
+    /// How much later a requested page may come because of those that nobody asked for ([`ledbat`](crate::ledbat)).
+    pub postcopy_delay: Duration,
     /// A connection over which nothing comes for so long is broken.
     pub stall: Duration,
     /// After so long without a connection that works it is over.
@@ -34,7 +34,7 @@ impl Default for SourceOptions {
             bandwidth: None,
             hint_lead: Duration::from_millis(200),
             window: 8 << 20,
-            postcopy_window: 512 << 10,
+            postcopy_delay: Duration::from_millis(1),
             stall: Duration::from_secs(5),
             give_up: Duration::from_secs(60),
             switch_timeout: Duration::from_secs(10),

@@ -7,6 +7,7 @@ use self::connection::{Connection, Event};
 use crate::{
     bucket::Bucket,
     hints::Gate,
+    ledbat::Ledbat,
     link::{End, TICK},
     rounds::Rounds,
     schedule::SendMap,
@@ -23,8 +24,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Pages of one frame that nobody waits for, after the switch: a requested page waits behind one of them.
-const BACKGROUND_PAGES: u64 = 16;
+/// Pages of one frame that nobody waits for, after the switch, at least and at most: a requested page waits while it is read.
+const BACKGROUND_PAGES: [u64; 2] = [2, 16];
+
+/// Frames that the window has room for after the switch: the link is not idle while one is acked.
+const BACKGROUND_FRAMES: u64 = 2;
 
 /// The first pause between two attempts to connect; it doubles up to a second.
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
@@ -98,6 +102,7 @@ struct Run<'a, M> {
     map: SendMap,
     gate: Gate,
     bucket: Bucket,
+    ledbat: Ledbat,
     rounds: Rounds,
     // Of the round that is being sent: when it began, and its bytes.
     round: (Instant, u64),
@@ -150,6 +155,11 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             gate: Gate::new(),
             // 50 ms at once.
             bucket: Bucket::new(options.bandwidth, options.bandwidth.unwrap_or(0) / 20),
+            ledbat: Ledbat::new(
+                options.postcopy_delay,
+                BACKGROUND_FRAMES * BACKGROUND_PAGES[0] * PAGE_SIZE as u64,
+                options.window,
+            ),
             rounds: Rounds::new(options.rounds.clone()),
             round: (now, 0),
             written: PageSet::new(pages),
@@ -293,9 +303,12 @@ impl<'a, M: SourceMachine> Run<'a, M> {
                 continue;
             }
             let pause = self.bucket.wait(self.start.elapsed());
-            if pause.is_zero() && self.map.in_flight() < self.options.postcopy_window {
+            let window = self.ledbat.window();
+            if pause.is_zero() && self.map.in_flight() < window {
+                let [least, most] = BACKGROUND_PAGES;
+                let pages = window / BACKGROUND_FRAMES / PAGE_SIZE as u64;
                 let end_of = |page| self.layout.end_of(page);
-                if let Some(run) = self.map.next_background(BACKGROUND_PAGES, end_of) {
+                if let Some(run) = self.map.next_background(pages.clamp(least, most), end_of) {
                     self.send(run, Reason::Background)?;
                     continue;
                 }
@@ -447,6 +460,7 @@ impl<'a, M: SourceMachine> Run<'a, M> {
                 Data::Zero | Data::Lost => HEADER + 16,
             } as u64;
             self.map.sent(pages, len);
+            self.ledbat.sent(len, self.start.elapsed());
             if result.is_ok() {
                 let message = Message::Pages {
                     pages,
@@ -494,6 +508,8 @@ impl<'a, M: SourceMachine> Run<'a, M> {
                 Event::Acked(had) => {
                     let before = self.map.acked();
                     self.map.ack(had).map_err(never_sent)?;
+                    self.ledbat
+                        .acked(had - before.min(had), self.start.elapsed());
                     if had > before {
                         self.broken = None;
                     }
@@ -587,6 +603,7 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             })?,
             Had::Pages(_) => self.map.replaced(&connection.here),
         }
+        self.ledbat.reconnected();
         self.report.reconnects += u64::from(again);
         self.stage = connection.stage;
         self.ready = false;
