@@ -15,8 +15,11 @@ const FILTER: usize = 4;
 const HISTORY: usize = 10;
 const INTERVAL: Duration = Duration::from_secs(6);
 
-/// By so much the window grows in the time of one window, at most: ALLOWED_INCREASE and GAIN.
-const STEP: u64 = 64 << 10;
+/// Frames on their way at least, so that the link is not idle while one is acked.
+const LEAST: u64 = 2;
+
+/// By so many frames the window grows in the time of one window, at most: ALLOWED_INCREASE and GAIN.
+const STEP: u64 = 4;
 
 /// The window is halved in the time of one window, at most.
 const MOST_AT_ONCE: f64 = 0.5;
@@ -25,7 +28,7 @@ const MOST_AT_ONCE: f64 = 0.5;
 #[derive(Clone, Debug)]
 pub struct Ledbat {
     target: Duration,
-    least: u64,
+    frame: u64,
     most: u64,
     window: f64,
     // Frames that were sent and not acked: when, and their bytes.
@@ -38,13 +41,15 @@ pub struct Ledbat {
 }
 
 impl Ledbat {
-    /// Frames shall wait behind others for `target`, with from `least` to `most` bytes on their way.
-    pub fn new(target: Duration, least: u64, most: u64) -> Self {
+    /// Frames shall wait behind others for `target`, with at most `most` bytes on their way. What is learned is learned from
+    /// frames of at least `frame` bytes: smaller ones are there sooner, also if nothing is before them.
+    pub fn new(target: Duration, frame: u64, most: u64) -> Self {
+        let frame = frame.max(1);
         Self {
             target: target.max(Duration::from_micros(1)),
-            least: least.max(1),
-            most: most.max(least.max(1)),
-            window: least.max(1) as f64,
+            frame,
+            most: most.max(LEAST * frame),
+            window: (LEAST * frame) as f64,
             flights: VecDeque::new(),
             last: VecDeque::new(),
             base: VecDeque::new(),
@@ -68,14 +73,16 @@ impl Ledbat {
             let Some((sent, bytes)) = self.flights.pop_front() else {
                 return;
             };
-            self.learn(now.saturating_sub(sent), now);
-            self.adjust(bytes);
+            if bytes >= self.frame {
+                self.learn(now.saturating_sub(sent), now);
+                self.adjust(bytes);
+            }
         }
     }
 
     /// The connection is another one: its delays are its own, and nothing is on its way.
     pub fn reconnected(&mut self) {
-        *self = Self::new(self.target, self.least, self.most);
+        *self = Self::new(self.target, self.frame, self.most);
     }
 
     fn learn(&mut self, delay: Duration, now: Duration) {
@@ -105,11 +112,13 @@ impl Ledbat {
         let share = (acked as f64 / self.window).min(1.0);
         self.window += share
             * if off >= 0.0 {
-                off * STEP.min(self.window as u64) as f64
+                off * (STEP * self.frame) as f64
             } else {
                 off.max(-MOST_AT_ONCE) * self.window
             };
-        self.window = self.window.clamp(self.least as f64, self.most as f64);
+        self.window = self
+            .window
+            .clamp((LEAST * self.frame) as f64, self.most as f64);
     }
 }
 
@@ -118,7 +127,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LEAST: u64 = 16 << 10;
+    const FRAME: u64 = 16 << 10;
     const MOST: u64 = 8 << 20;
     const TARGET: Duration = Duration::from_millis(5);
 
@@ -159,7 +168,7 @@ mod tests {
         let mut acks: VecDeque<(Duration, u64)> = VecDeque::new();
         let mut on_its_way = 0;
         while now < end {
-            let frame = (ledbat.window() / 4).clamp(LEAST / 4, 64 << 10);
+            let frame = (ledbat.window() / 16).clamp(FRAME, 4 * FRAME);
             if on_its_way < ledbat.window() {
                 if now >= half {
                     waited = waited.max(link.free.saturating_sub(now));
@@ -191,10 +200,10 @@ mod tests {
         #[test]
         fn a_link_is_used_and_nobody_waits_long(way_us in 50u64..20_000, mbit in 20u64..10_000) {
             let rate = mbit as f64 * 125_000.0;
-            let (mut ledbat, mut link) = (Ledbat::new(TARGET, LEAST, MOST), Link::new(way_us, rate, Duration::ZERO));
+            let (mut ledbat, mut link) = (Ledbat::new(TARGET, FRAME, MOST), Link::new(way_us, rate, Duration::ZERO));
             let (done, waited) = run(&mut ledbat, &mut link, 10);
             // One frame more than the window, and the delay of a whole window until it is seen.
-            let allowed = 2 * TARGET + link.takes(LEAST + (64 << 10));
+            let allowed = 2 * TARGET + link.takes(5 * FRAME);
             prop_assert!(waited <= allowed, "waited {waited:?} of {allowed:?}");
             let possible = (rate * 5.0).min(MOST as f64 * 5.0 / link.way.as_secs_f64());
             prop_assert!(done as f64 >= 0.8 * possible, "{done} of {possible}");
@@ -202,13 +211,13 @@ mod tests {
 
         #[test]
         fn the_window_stays_within_its_limits(delays in prop::collection::vec(0u64..1_000_000, 1..200)) {
-            let mut ledbat = Ledbat::new(TARGET, LEAST, MOST);
+            let mut ledbat = Ledbat::new(TARGET, FRAME, MOST);
             let mut now = Duration::ZERO;
             for delay in delays {
-                ledbat.sent(LEAST, now);
+                ledbat.sent(FRAME, now);
                 now += Duration::from_micros(delay);
                 ledbat.acked(1, now);
-                prop_assert!((LEAST..=MOST).contains(&ledbat.window()));
+                prop_assert!((LEAST * FRAME..=MOST).contains(&ledbat.window()));
             }
             ledbat.acked(9, now);
         }
@@ -216,13 +225,13 @@ mod tests {
 
     #[test]
     fn a_link_that_became_slower_has_less_on_its_way() {
-        let mut ledbat = Ledbat::new(TARGET, LEAST, MOST);
+        let mut ledbat = Ledbat::new(TARGET, FRAME, MOST);
         let mut link = Link::new(1000, 1e9, Duration::ZERO);
         run(&mut ledbat, &mut link, 5);
         let before = ledbat.window();
         link.rate = 1e8;
         let (_, waited) = run(&mut ledbat, &mut link, 5);
-        assert!(waited <= 2 * TARGET + link.takes(64 << 10), "{waited:?}");
+        assert!(waited <= 2 * TARGET + link.takes(4 * FRAME), "{waited:?}");
         assert!(
             ledbat.window() < before / 2,
             "{} of {before}",
@@ -232,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_way_that_became_longer_is_no_queue_for_ever() {
-        let mut ledbat = Ledbat::new(TARGET, LEAST, MOST);
+        let mut ledbat = Ledbat::new(TARGET, FRAME, MOST);
         run(&mut ledbat, &mut Link::new(100, 1e8, Duration::ZERO), 5);
         let mut longer = Link::new(50_000, 1e8, Duration::from_secs(6));
         let (done, _) = run(
@@ -246,13 +255,35 @@ mod tests {
 
     #[test]
     fn a_new_connection_is_learned_anew() {
-        let mut ledbat = Ledbat::new(TARGET, LEAST, MOST);
+        let mut ledbat = Ledbat::new(TARGET, FRAME, MOST);
         run(&mut ledbat, &mut Link::new(100, 1e9, Duration::ZERO), 2);
-        assert!(ledbat.window() > LEAST);
+        assert!(ledbat.window() > LEAST * FRAME);
         ledbat.reconnected();
-        assert_eq!(ledbat.window(), LEAST);
+        assert_eq!(ledbat.window(), LEAST * FRAME);
         // Nothing of the old one is acked any more.
         ledbat.acked(1, Duration::from_secs(3));
-        assert_eq!(ledbat.window(), LEAST);
+        assert_eq!(ledbat.window(), LEAST * FRAME);
+    }
+
+    #[test]
+    fn small_frames_teach_nothing() {
+        let mut ledbat = Ledbat::new(TARGET, FRAME, MOST);
+        let mut link = Link::new(1000, 1e8, Duration::ZERO);
+        run(&mut ledbat, &mut link, 5);
+        let before = ledbat.window();
+        // As if each of them had an empty link to itself.
+        for n in 0..1000 {
+            let now = link.free + Duration::from_millis(n);
+            ledbat.sent(FRAME / 4, now);
+            ledbat.acked(1, now + Duration::from_micros(1));
+        }
+        assert_eq!(ledbat.window(), before);
+        link.free += Duration::from_secs(1);
+        run(&mut ledbat, &mut link, 5);
+        assert!(
+            ledbat.window() > before / 2,
+            "{} of {before}",
+            ledbat.window()
+        );
     }
 }

@@ -24,11 +24,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Pages of one frame that nobody waits for, after the switch, at least and at most: a requested page waits while it is read.
-const BACKGROUND_PAGES: [u64; 2] = [2, 16];
+/// Pages of one frame that nobody waits for, after the switch, at least and at most: a requested page waits behind one of
+/// them. Larger ones cost less, and are sent where much is on its way.
+const BACKGROUND_PAGES: [u64; 2] = [4, 16];
 
-/// Frames that the window has room for after the switch: the link is not idle while one is acked.
-const BACKGROUND_FRAMES: u64 = 2;
+/// Of what may be on its way after the switch, a frame is such a part.
+const BACKGROUND_FRAMES: u64 = 16;
 
 /// The first pause between two attempts to connect; it doubles up to a second.
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
@@ -157,7 +158,7 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             bucket: Bucket::new(options.bandwidth, options.bandwidth.unwrap_or(0) / 20),
             ledbat: Ledbat::new(
                 options.postcopy_delay,
-                BACKGROUND_FRAMES * BACKGROUND_PAGES[0] * PAGE_SIZE as u64,
+                BACKGROUND_PAGES[0] * PAGE_SIZE as u64,
                 options.window,
             ),
             rounds: Rounds::new(options.rounds.clone()),
