@@ -131,9 +131,13 @@ impl Ram {
         Self::new(Vm::open()?, SLOT, memfd, Paging::OnPresent)
     }
 
-    /// Memory that is all still to come, by the device.
+    /// Memory that is all still to come, by the device. Huge pages are the VMM's alone in any case: they are allocated
+    /// now, so that no page that the guest waits for waits until a huge page is cleared.
     pub(crate) fn absent(backing: Backing, bytes: u64) -> Result<Self> {
         let memfd = Memfd::create(NAME, backing, check_size(bytes)?)?;
+        if backing != Backing::Shmem {
+            memfd.allocate()?;
+        }
         Self::new(Vm::open()?, SLOT, memfd, Paging::On)
     }
 
