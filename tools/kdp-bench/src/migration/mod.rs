@@ -1,9 +1,10 @@
 //! Post-copy of a Linux guest: memory of the device beside memory of the same VMM on userfaultfd.
 //!
 //! The guest boots once and is stopped. Each move begins with that very state: it is brought to a `kdp-vmm linux` on the
-//! device, runs there with all of its memory until its speed is known, and is then moved by post-copy alone, over
-//! loopback, to another one, in memory as the case has it. The cases take turns.
+//! device, runs there with all of its memory until its speed is known, and is then moved by post-copy alone, over a
+//! simulated link, to another one, in memory as the case has it. The cases take turns.
 
+mod link;
 mod report;
 mod vmm;
 
@@ -20,6 +21,7 @@ use kdp_vmm::linux::{Kernel, Machine, Outgoing, Ram, Setup};
 use kdp_vmm::{backing_name, Backing, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 
+use self::link::Link;
 pub use self::report::report;
 use self::vmm::{Console, Vmm};
 use crate::machine::Machine as Host;
@@ -57,8 +59,12 @@ pub struct MigrationArgs {
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub runs: usize,
 
-    /// The most MiB a second that are sent; pages that the guest waits for do not wait for it
-    #[arg(long, default_value_t = 8, value_name = "MIB")]
+    /// The link's rate in Mbit/s; 0: loopback, as fast as it goes
+    #[arg(long, default_value_t = 100, value_name = "MBIT")]
+    pub link: u64,
+
+    /// The most MiB a second that are sent; pages that the guest waits for do not wait for it. 0: no limit but the link's
+    #[arg(long, default_value_t = 0, value_name = "MIB")]
     pub bandwidth: u64,
 
     /// Guest memory in MiB
@@ -156,6 +162,9 @@ pub struct MigrationRow {
     backing: String,
     hints: bool,
     guest_bytes: u64,
+    /// Of the link; 0: loopback.
+    link_mbit: u64,
+    /// Bytes a second at most in the background; 0: no limit.
     bandwidth: u64,
     runs: usize,
     median: Sample,
@@ -186,6 +195,7 @@ pub fn run(args: &MigrationArgs) -> Result<Vec<MigrationRow>, Error> {
             backing: backing_name(case.backing).to_owned(),
             hints: case.hints,
             guest_bytes: args.bytes(),
+            link_mbit: args.link,
             bandwidth: args.bandwidth << 20,
             runs: samples.len(),
             median,
@@ -339,9 +349,13 @@ fn measure(
     let usual = median(times);
 
     let to = Vmm::waiting(args, case)?;
+    let address = match args.link {
+        0 => to.address()?,
+        mbit => Link::to(&to.address()?, mbit)?.address().to_owned(),
+    };
     let (report, stopped) = from.move_to(Order {
-        to: to.address()?,
-        bandwidth: Some(args.bandwidth << 20),
+        to: address,
+        bandwidth: (args.bandwidth > 0).then_some(args.bandwidth << 20),
         downtime_ms: None,
         rounds: Some(0),
         no_hints: !case.hints,

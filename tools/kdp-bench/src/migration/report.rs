@@ -74,12 +74,19 @@ pub fn report(rows: &[MigrationRow]) -> String {
     let Some(first) = rows.first() else {
         return String::new();
     };
+    let link = match first.link_mbit {
+        0 => "loopback".to_owned(),
+        mbit => format!("a link of {mbit} Mbit/s"),
+    };
+    let limit = match first.bandwidth {
+        0 => String::new(),
+        bytes => format!(", at most {} MiB/s in the background", bytes >> 20),
+    };
     let mut out = format!(
-        "Post-copy of a guest of {} MiB over loopback, at most {} MiB/s: medians of {}, and in brackets the least and the \
+        "Post-copy of a guest of {} MiB over {link}{limit}: medians of {}, and in brackets the least and the \
          greatest.\nback: from the guest's stop until it was as fast again as {:.0} % of before.\nfault: from the touch until \
          what it waits for is there, with userfaultfd the whole page of the backing.\n\n",
         first.guest_bytes >> 20,
-        first.bandwidth >> 20,
         first.runs,
         BACK * 100.0
     );
@@ -156,7 +163,8 @@ mod tests {
             backing: backing.into(),
             hints,
             guest_bytes: 256 << 20,
-            bandwidth: 64 << 20,
+            link_mbit: 100,
+            bandwidth: 0,
             runs: 1,
             median: sample,
             least: sample,
