@@ -11,7 +11,7 @@ tell() { echo "<6>vm-init: $*" >/dev/kmsg; }
 . /mnt/settings
 # Set there, and by the kernel from virtme-ng's part of its command line.
 # shellcheck disable=SC2154
-: "$msize" "$shell" "$module" "$leak_scan" "${virtme_console=}" "${virtme_stty_con=}"
+: "$msize" "$shell" "$module" "$leak_scan" "$dmesg" "${virtme_console=}" "${virtme_stty_con=}"
 
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -82,5 +82,7 @@ if [ -e $leaks ] && [ "$leak_scan" = yes ]; then
 	while read -r line; do echo "<6>vm-kmemleak: $line" >/dev/kmsg; done <$leaks
 	tell "kmemleak scanned"
 fi
+# The console may have stopped: an emulated serial port whose interrupt is lost says nothing more.
+dmesg >"/kdp/src/$dmesg"
 echo $status >$ports/virtme.ret
 poweroff -f

@@ -43,8 +43,14 @@ BOOT_SILENCE = 40
 # Where the log has what QEMU said of a silent VM.
 EXAMINED = "\nrun.py: the VM is silent; its CPUs:\n"
 
+# Where the log goes on with what the VM's kernel has kept, because its console had stopped before.
+STOPPED = "\nrun.py: the console had stopped; the kernel's own log:\n"
+
 # QEMU's last words where it has lost the VM by a fault of its own.
 ASSERTION = re.compile(r"^qemu-system-.*: Assertion .* failed", re.MULTILINE)
+
+# What init says when COMMAND has ended.
+ENDED = "vm-init: command ended with status"
 
 STATUS_SPLAT = 90
 STATUS_DIED = 91
@@ -119,7 +125,7 @@ def mount(*args):
 
 
 def prepare(args):
-    """Lays out what the VM finds on its root. All of it is gone with our mount namespace."""
+    """Lays out what the VM finds on its root. All of it is gone with our mount namespace but the kernel's log."""
     modules = f"{args.kdir}/install/lib/modules"
     os.makedirs("/lib/modules", exist_ok=True)
     mount("--bind", modules, "/lib/modules")
@@ -131,6 +137,7 @@ def prepare(args):
         "msize": MSIZE,
         "module": MODULE.format(args.kernel),
         "leak_scan": "yes" if args.kernel == "debug" else "no",
+        "dmesg": dmesg_path().relative_to(SRC),
     }
     text = "".join(f"{k}={shlex.quote(str(v))}\n" for k, v in settings.items())
     (HANDOVER / "settings").write_text(text, encoding="utf-8")
@@ -270,6 +277,22 @@ def log_path(args, boot):
     return Path(f"{SRC}/build/log/vm-{stamp}-{args.kernel}-{name}-{os.getppid()}{f'-{boot}' if boot > 1 else ''}.log")
 
 
+def dmesg_path():
+    """Where init leaves the kernel's log when COMMAND has ended."""
+    return Path(f"{SRC}/build/log/dmesg-{os.getppid()}")
+
+
+def complete(path):
+    """Makes the console's log whole, if the console had stopped."""
+    kept = dmesg_path()
+    if not kept.exists():
+        return
+    if ENDED not in path.read_text(encoding="utf-8", errors="replace"):
+        with open(path, "ab") as log:
+            log.write(STOPPED.encode() + kept.read_bytes())
+    kept.unlink()
+
+
 def interrupted(_signum, _frame):
     raise KeyboardInterrupt
 
@@ -279,6 +302,7 @@ class Vm:
 
     def __init__(self, args, kvm, log):
         self.args = args
+        self.kvm = kvm
         self.booted = False
         # How it is when it had to be ended for its silence: nothing comes, and all of its CPUs are asleep.
         self.silent = False
@@ -389,9 +413,11 @@ def verdict(args, path, status, ended, vm):
         print("\n".join("    " + line for line in said[-10:]), file=sys.stderr)
         print(f"The whole console: {where}", file=sys.stderr)
         return STATUS_LOST if booted and vm.asleep and not found else STATUS_TIMEOUT
-    if args.action == "run" and "vm-init: command ended with status" not in text:
+    if args.action == "run" and ENDED not in text:
         print(f"error: the VM died before the command ended. The console: {where}. Its last lines:", file=sys.stderr)
         print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
+        if not vm.kvm and splats.are_of_a_lost_cpu(found):
+            return STATUS_LOST
         if found and not args.allow_splat:
             return STATUS_SPLAT
         return STATUS_LOST if ASSERTION.search(text) else STATUS_DIED
@@ -426,6 +452,7 @@ def main():
                 vm.kill()
                 print(f"interrupted; the console: {path.relative_to(SRC)}", file=sys.stderr)
                 return 130
+        complete(path)
         if args.action == "shell" or vm.booted or boot == BOOTS or complaints(path, vm):
             break
         how = "died" if ended else "hung"

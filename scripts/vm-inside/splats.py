@@ -35,6 +35,12 @@ LONGEST = 60
 GUARDED = "kdp_emulator_guard: the emulator has lost an interrupt"
 OF_RCU = re.compile(r"rcu.*(?:detected.*stall|kthread.*starved|kthread.*wakeup)")
 
+# A kernel stack that is full; a line of a call trace; those of them that are the entry of an exception.
+FULL = re.compile(r"stack guard page was hit|Oops: (?:stack guard page|double fault)")
+FRAME = re.compile(r"^ *(?:\? )?[\w.]+\+0x[0-9a-f]+/0x[0-9a-f]+")
+EXCEPTION = re.compile(r"\b(?:asm_)?(?:exc_|sysvec_)\w+\+|\berror_(?:entry|return)\+|\bparanoid_entry\+")
+PANIC = re.compile(r"Kernel panic - not syncing: Fatal exception")
+
 KMEMLEAK = re.compile(r"vm-kmemleak: (.*)$")
 STARTED = re.compile(r"vm-init: started; jiffies (\d+)")
 MODULE = "[kvm_demand_paging]"
@@ -67,6 +73,22 @@ def reports(lines):
 def is_of_rcu(report):
     """Whether a report says no more than that RCU waits for a CPU, or for its own thread."""
     return bool(OF_RCU.search(report[0]))
+
+
+def are_of_a_lost_cpu(found):
+    """Whether these reports tell of nothing but exceptions within exceptions, until the stack was full, and of the end.
+
+    That is what is left of a CPU whose state an emulator has lost: nothing that a handler does can raise one. A kernel
+    that calls itself too deeply fills its stack with functions of its own.
+    """
+
+    def is_one(report):
+        frames = [line for line in report if FRAME.search(line)]
+        exceptions = sum(bool(EXCEPTION.search(line)) for line in frames)
+        return FULL.search("\n".join(report[:4])) and len(frames) >= 8 and exceptions * 2 > len(frames)
+
+    causes = [report for report in found if not PANIC.search(report[0])]
+    return bool(causes) and all(map(is_one, causes))
 
 
 def leaks(lines):
