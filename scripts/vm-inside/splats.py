@@ -35,8 +35,8 @@ LONGEST = 60
 GUARDED = "kdp_emulator_guard: the emulator has lost an interrupt"
 OF_RCU = re.compile(r"rcu.*(?:detected.*stall|kthread.*starved|kthread.*wakeup)")
 
-# A kernel stack that is full; a line of a call trace; those of them that are the entry of an exception.
-FULL = re.compile(r"stack guard page was hit|Oops: (?:stack guard page|double fault)")
+# A crash; a line of a call trace; those of them that are the entry of an exception.
+CRASH = re.compile(r"stack guard page was hit|\bOops\b")
 FRAME = re.compile(r"^ *(?:\? )?[\w.]+\+0x[0-9a-f]+/0x[0-9a-f]+")
 EXCEPTION = re.compile(r"\b(?:asm_)?(?:exc_|sysvec_)\w+\+|\berror_(?:entry|return)\+|\bparanoid_entry\+")
 PANIC = re.compile(r"Kernel panic - not syncing: Fatal exception")
@@ -76,16 +76,17 @@ def is_of_rcu(report):
 
 
 def are_of_a_lost_cpu(found):
-    """Whether these reports tell of nothing but exceptions within exceptions, until the stack was full, and of the end.
+    """Whether these reports tell of nothing but exceptions within exceptions within exceptions, and of the end.
 
-    That is what is left of a CPU whose state an emulator has lost: nothing that a handler does can raise one. A kernel
-    that calls itself too deeply fills its stack with functions of its own.
+    That is what is left of a CPU whose state an emulator has lost. Any other crash has a few entries of exceptions in
+    its call trace, among more functions that led there; and a kernel that calls itself too deeply fills its stack with
+    functions of its own.
     """
 
     def is_one(report):
         frames = [line for line in report if FRAME.search(line)]
         exceptions = sum(bool(EXCEPTION.search(line)) for line in frames)
-        return FULL.search("\n".join(report[:4])) and len(frames) >= 8 and exceptions * 2 > len(frames)
+        return CRASH.search("\n".join(report[:4])) and len(frames) >= 8 and exceptions * 2 > len(frames)
 
     causes = [report for report in found if not PANIC.search(report[0])]
     return bool(causes) and all(map(is_one, causes))
