@@ -22,8 +22,9 @@ struct Inside {
     wanted: Wanted,
     /// Threads that wait here.
     waiting: usize,
-    ended: bool,
-    /// How the guest ended, until somebody has asked.
+    /// How the guest has ended, in words.
+    ended: Option<String>,
+    /// The same, until somebody has asked.
     end: Option<Result<End>>,
 }
 
@@ -42,7 +43,7 @@ impl Gate {
             inside: Mutex::new(Inside {
                 wanted: Wanted::Stopped,
                 waiting: 0,
-                ended: false,
+                ended: None,
                 end: None,
             }),
             changed: Condvar::new(),
@@ -87,8 +88,10 @@ impl Gate {
     /// Let the vCPUs run.
     pub(super) fn open(&self) -> Result<()> {
         let mut inside = self.lock();
-        if inside.ended {
-            return Err(Error::invalid("the guest has ended: it cannot go on"));
+        if let Some(how) = &inside.ended {
+            return Err(Error::invalid(format!(
+                "the guest has ended and cannot go on: {how}"
+            )));
         }
         self.want(&mut inside, Wanted::Running);
         Ok(())
@@ -116,8 +119,11 @@ impl Gate {
     /// The guest has ended like this; what came first counts.
     pub(super) fn end(&self, end: Result<End>) {
         let mut inside = self.lock();
-        if !inside.ended {
-            inside.ended = true;
+        if inside.ended.is_none() {
+            inside.ended = Some(match &end {
+                Ok(end) => end.to_string(),
+                Err(error) => error.to_string(),
+            });
             inside.end = Some(end);
         }
         if inside.wanted == Wanted::Running {
@@ -126,16 +132,16 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Whether the guest has ended.
-    pub(super) fn has_ended(&self) -> bool {
-        self.lock().ended
+    /// How the guest has ended, if it has.
+    pub(super) fn how_it_ended(&self) -> Option<String> {
+        self.lock().ended.clone()
     }
 
     /// How the guest has ended, told once; nothing if it has not within that time.
     pub(super) fn ended(&self, within: Option<Duration>) -> Result<Option<End>> {
         let deadline = within.map(|within| Instant::now() + within);
         let mut inside = self.lock();
-        while !inside.ended {
+        while inside.ended.is_none() {
             inside =
                 match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
                     None => self.wait(inside),
@@ -188,6 +194,7 @@ mod tests {
         gate.end(Ok(End::Reset));
         gate.end(Ok(End::TripleFault));
         assert!(gate.stops());
+        assert_eq!(gate.how_it_ended(), Some(End::Reset.to_string()));
         assert!(matches!(gate.ended(None), Ok(Some(End::Reset))));
         assert!(gate.ended(None).is_err());
         assert!(gate.open().is_err());

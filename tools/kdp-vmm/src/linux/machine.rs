@@ -283,9 +283,9 @@ impl Machine {
         self.vcpus.iter().for_each(Vcpu::kick);
     }
 
-    /// Whether the guest has ended.
-    pub fn has_ended(&self) -> bool {
-        self.gate.has_ended()
+    /// How the guest has ended, if it has, in words.
+    pub fn how_it_ended(&self) -> Option<String> {
+        self.gate.how_it_ended()
     }
 
     /// Wait until the guest has ended, and how it did; nothing if it has not within that time. An end is told once.

@@ -142,8 +142,8 @@ impl SourceMachine for Outgoing {
     fn stop(&self) -> Result<Vec<u8>, MachineError> {
         let mut machine = lock(&self.machine);
         machine.stop()?;
-        if machine.has_ended() {
-            return Err("the guest has ended".into());
+        if let Some(how) = machine.how_it_ended() {
+            return Err(format!("the guest has ended: {how}").into());
         }
         Ok(machine.save()?)
     }
