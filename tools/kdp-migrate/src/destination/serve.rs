@@ -307,13 +307,12 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             stage: self.stage,
             had,
         })?;
-        // From here on what the other threads send comes behind the welcome.
-        link.sender = Some(Arc::clone(sender));
-        let started = link.started;
-        drop(link);
-        if started {
+        if link.started {
             sender.send(&Message::Started)?;
         }
+        // From here on what the other threads send comes behind the greeting.
+        link.sender = Some(Arc::clone(sender));
+        drop(link);
         if self.first.is_none() {
             self.destination.machine.begins(id);
         }
