@@ -15,6 +15,9 @@ const FILTER: usize = 4;
 const HISTORY: usize = 10;
 const INTERVAL: Duration = Duration::from_secs(6);
 
+/// Frames on their way at first: a short connection must get on, too, and what is too much is seen by the first acks.
+const FIRST: u64 = 32;
+
 /// Frames on their way at least, so that the link is not idle while one is acked.
 const LEAST: u64 = 2;
 
@@ -48,8 +51,8 @@ impl Ledbat {
         Self {
             target: target.max(Duration::from_micros(1)),
             frame,
-            most: most.max(LEAST * frame),
-            window: (LEAST * frame) as f64,
+            most: most.max(FIRST * frame),
+            window: (FIRST * frame) as f64,
             flights: VecDeque::new(),
             last: VecDeque::new(),
             base: VecDeque::new(),
@@ -257,12 +260,12 @@ mod tests {
     fn a_new_connection_is_learned_anew() {
         let mut ledbat = Ledbat::new(TARGET, FRAME, MOST);
         run(&mut ledbat, &mut Link::new(100, 1e9, Duration::ZERO), 2);
-        assert!(ledbat.window() > LEAST * FRAME);
+        assert!(ledbat.window() > FIRST * FRAME);
         ledbat.reconnected();
-        assert_eq!(ledbat.window(), LEAST * FRAME);
+        assert_eq!(ledbat.window(), FIRST * FRAME);
         // Nothing of the old one is acked any more.
         ledbat.acked(1, Duration::from_secs(3));
-        assert_eq!(ledbat.window(), LEAST * FRAME);
+        assert_eq!(ledbat.window(), FIRST * FRAME);
     }
 
     #[test]
