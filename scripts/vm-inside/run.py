@@ -140,6 +140,8 @@ def prepare(args):
         "dmesg": dmesg_path().relative_to(SRC),
     }
     text = "".join(f"{k}={shlex.quote(str(v))}\n" for k, v in settings.items())
+    # One of an interrupted VM must not pass for this one's.
+    dmesg_path().unlink(missing_ok=True)
     (HANDOVER / "settings").write_text(text, encoding="utf-8")
     (HANDOVER / "command").write_text(f"exec {shlex.join(args.command)}\n", encoding="utf-8")
 

@@ -509,8 +509,8 @@ impl<'a, M: SourceMachine> Run<'a, M> {
                 Event::Acked(had) => {
                     let before = self.map.acked();
                     self.map.ack(had).map_err(never_sent)?;
-                    self.ledbat
-                        .acked(had - before.min(had), self.start.elapsed());
+                    let frames = had.saturating_sub(before);
+                    self.ledbat.acked(frames, self.start.elapsed());
                     if had > before {
                         self.broken = None;
                     }
