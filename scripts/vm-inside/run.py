@@ -397,6 +397,7 @@ def verdict(args, path, status, ended, vm):
     text = path.read_text(encoding="utf-8", errors="replace")
     where = str(path.relative_to(SRC))
     found = complaints(path, vm)
+    lost_cpu = not vm.kvm and (splats.are_of_a_lost_cpu(found) or splats.crashed_at_another_time(text))
     for report in found[:MOST_REPORTS]:
         print(f"--- the kernel complained ({where}):", *report, sep="\n", file=sys.stderr)
     if len(found) > MOST_REPORTS:
@@ -418,14 +419,14 @@ def verdict(args, path, status, ended, vm):
     if args.action == "run" and ENDED not in text:
         print(f"error: the VM died before the command ended. The console: {where}. Its last lines:", file=sys.stderr)
         print("\n".join("    " + line for line in text.splitlines()[-10:]), file=sys.stderr)
-        if not vm.kvm and splats.are_of_a_lost_cpu(found):
+        if lost_cpu:
             return STATUS_LOST
         if found and not args.allow_splat:
             return STATUS_SPLAT
         return STATUS_LOST if ASSERTION.search(text) else STATUS_DIED
     if found and not args.allow_splat:
         print(f"error: the kernel complained {len(found)} time(s); the command's status was {status}.", file=sys.stderr)
-        return STATUS_SPLAT
+        return STATUS_LOST if lost_cpu else STATUS_SPLAT
     if "vm-init: started" in text and args.kernel == "debug" and "vm-init: kmemleak scanned" not in text:
         print(f"error: kmemleak did not scan: is CONFIG_DEBUG_KMEMLEAK on? The console: {where}", file=sys.stderr)
         return STATUS_SPLAT
