@@ -3,7 +3,7 @@
 //! `kdp-vmm linux` as the program that it is, whose guest comes from elsewhere and goes elsewhere.
 
 use std::fs;
-use std::io::{BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -37,13 +37,12 @@ pub struct Vmm {
     pub console: Console,
     /// What it says itself.
     said: Console,
-    reader: Option<JoinHandle<()>>,
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl Drop for Vmm {
     fn drop(&mut self) {
         self.kill();
-        println!("{} said: {}", self.control.display(), self.said.all());
         // It may have been removed by the VMM itself.
         let _ = fs::remove_file(&self.control);
     }
@@ -55,6 +54,17 @@ fn pour(mut from: impl Read + Send + 'static, mut to: Console) -> JoinHandle<()>
         while let Ok(count @ 1..) = from.read(&mut bytes) {
             // A console takes everything.
             let _ = to.write_all(&bytes[..count]);
+        }
+    })
+}
+
+/// What it says is told at once: a test that waits for something else may be ended at any time.
+fn repeat(from: impl Read + Send + 'static, name: String, mut to: Console) -> JoinHandle<()> {
+    thread::spawn(move || {
+        for line in BufReader::new(from).lines().map_while(std::result::Result::ok) {
+            println!("{name}: {line}");
+            // A console takes everything.
+            let _ = writeln!(to, "{line}");
         }
     })
 }
@@ -82,16 +92,15 @@ impl Vmm {
             .stderr(Stdio::piped())
             .spawn()?;
         let (console, said) = (Console::default(), Console::default());
-        let reader = child.stdout.take().map(|out| pour(out, console.clone()));
-        if let Some(err) = child.stderr.take() {
-            pour(err, said.clone());
-        }
+        let name = format!("kdp-vmm {number}");
+        let out = child.stdout.take().map(|out| pour(out, console.clone()));
+        let err = child.stderr.take().map(|err| repeat(err, name, said.clone()));
         let mut vmm = Self {
             child,
             control,
             console,
             said,
-            reader,
+            readers: out.into_iter().chain(err).collect(),
         };
         until("the VMM listens", || {
             if let Some(status) = vmm.child.try_wait()? {
@@ -224,7 +233,7 @@ impl Vmm {
     }
 
     fn read_all(&mut self) {
-        if let Some(reader) = self.reader.take() {
+        for reader in self.readers.drain(..) {
             let _ = reader.join();
         }
     }
