@@ -73,8 +73,9 @@ pub trait SourceMachine {
 /// [`Self::mark_lost`]. Only [`Self::discard`] makes a page absent again, and it is called only before the state is
 /// loaded. Who touches an absent page tells [`Misses`](crate::Misses), and waits.
 ///
-/// An engine that takes the place of another ([`Destination::replace`](crate::Destination::replace)) finds the guest
-/// running: it only places pages, and calls [`Self::fail`] if it must.
+/// An engine that takes the place of another ([`Destination::replace`](crate::Destination::replace)) finds the guest's
+/// state loaded, and mostly the guest running: it places pages, calls [`Self::start`] if that is still to be done, and
+/// [`Self::fail`] if it must.
 pub trait DestinationMachine: Sync {
     /// The guest's memory. Size of backing aside it must be the source's.
     fn layout(&self) -> Layout;
@@ -99,7 +100,8 @@ pub trait DestinationMachine: Sync {
     /// Load the state of vCPUs and devices. Called on a thread of its own: it may touch guest memory, and wait for it.
     fn load(&self, state: &[u8]) -> Result<(), MachineError>;
 
-    /// The guest runs. Called once, on the same thread as [`Self::load`].
+    /// The guest runs. Called once by an engine, on the same thread as [`Self::load`]; when the engine has died in it, its
+    /// successor may call it again: then it does nothing.
     fn start(&self) -> Result<(), MachineError>;
 
     /// The guest runs and will never have all its pages: vCPUs stop with this error, and who waits for a page fails.

@@ -224,7 +224,7 @@ pub enum Message<'a> {
         id: MigrationId,
         /// How far it is.
         stage: Stage,
-        /// What it has. [`Had::Pages`] only if it runs the guest.
+        /// What it has. [`Had::Pages`] only if it has the guest's state, too.
         had: Had,
     },
     /// To the destination.
@@ -630,7 +630,7 @@ fn welcome<'a>(from: &mut Fields<'a>, stage: Option<Stage>) -> Option<Message<'a
     let (stage, id) = (stage?, MigrationId(from.take()?));
     let had = match (from.u32()?, from.u64()?) {
         (0, frames) => Had::Frames(frames),
-        (1, pages) if stage == Stage::Running => Had::Pages(pages),
+        (1, pages) if stage >= Stage::Ready => Had::Pages(pages),
         _ => return None,
     };
     Some(Message::Welcome { id, stage, had })
@@ -763,7 +763,7 @@ mod tests {
                 }
             ),
             (id(), stage, any::<u64>(), any::<bool>()).prop_map(|(id, stage, had, pages)| {
-                let had = match pages && stage == Stage::Running {
+                let had = match pages && stage >= Stage::Ready {
                     true => Had::Pages(had),
                     false => Had::Frames(had),
                 };
@@ -900,7 +900,7 @@ mod tests {
 
     #[test]
     fn only_who_runs_the_guest_took_the_place_of_another() {
-        for stage in [Stage::Copying, Stage::Loading, Stage::Ready] {
+        for stage in [Stage::Copying, Stage::Loading] {
             let mut bytes = Vec::new();
             let id = MigrationId([0; 16]);
             let had = Had::Pages(0);

@@ -32,6 +32,7 @@ tests! {
     "migrate-cut-connections-are-resumed" => cut_connections_are_resumed,
     "migrate-wrong-pages-are-asked-for-again" => wrong_pages_are_asked_for_again,
     "migrate-destination-killed-before-the-switch" => destination_killed_before_the_switch,
+    "migrate-handler-killed-at-the-switch" => handler_killed_at_the_switch,
     "migrate-handler-killed-after-the-switch" => handler_killed_after_the_switch,
     "migrate-handler-killed-before-the-switch" => handler_killed_before_the_switch,
     "migrate-source-killed-while-the-state-is-loaded" => source_killed_while_the_state_is_loaded,
@@ -41,7 +42,7 @@ tests! {
 /// So slow that there is time to do something in each phase.
 const SLOW: [&str; 2] = ["--bandwidth", "16M"];
 
-/// What a debug kernel is to find is found by one of these tests, each of which takes minutes there.
+/// What a debug kernel is to find is found by a few of these tests, each of which takes a minute or more there.
 fn need_fast_kernel() -> Result {
     if on_debug_kernel() {
         return skip("it takes minutes on the debug kernel");
@@ -439,11 +440,54 @@ fn source_killed_after_the_switch() -> Result {
     Ok(())
 }
 
+/// SIGKILL.
+fn kill(pid: u32) {
+    // SAFETY: it ends a process that was started for this test.
+    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+}
+
+/// The process that brings the pages to a VMM, which starts it after it has begun to listen.
+fn handler_of(vmm: &Vmm) -> Result<u32> {
+    let status = vmm.wait("it has a handler", |status| status.handler.is_some())?;
+    match status.handler {
+        Some(pid) => Ok(pid),
+        None => fail!("there is no handler"),
+    }
+}
+
+/// The source has sent the order to run the guest, and cannot take it back. The process that it was sent to dies before it
+/// can read it: the next one is sent it again.
+fn handler_killed_at_the_switch() -> Result {
+    let mut journey = Journey::begin()?;
+    for _ in 0..rounds(1) {
+        let there = Vmm::waiting("shmem", &["--handler-process"])?;
+        let link = Link::to(&there.address()?)?;
+        let (mut handler, kills) = (Some(handler_of(&there)?), Arc::new(AtomicU64::new(0)));
+        let killed = kills.clone();
+        link.meddle(Box::new(move |message| {
+            if matches!(message, Message::Go) {
+                if let Some(pid) = handler.take() {
+                    kill(pid);
+                    killed.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            Fate::Pass
+        }));
+        let more = ["--rounds", "0"];
+        let report = journey.at.move_to(link.address(), &more)?.report()?;
+        let kills = kills.load(Ordering::Relaxed);
+        count("handlers killed at the switch", kills);
+        ensure_eq!(kills, 1, "handlers killed");
+        ensure!(report.reconnects > 0, "no connection was given up");
+        there.wait_arrival()?;
+        journey.goes_on_at(there)?;
+    }
+    Ok(())
+}
+
 /// The process that brings the pages dies again and again while the guest runs there, and each time another one goes on
 /// where it was: it costs time.
 fn handler_killed_after_the_switch() -> Result {
-    // A handler that is killed after 300 ms has hardly begun there.
-    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     for round in 0..rounds(1) {
         let there = Vmm::waiting("shmem", &["--handler-process", "--answer", "1"])?;
@@ -455,8 +499,7 @@ fn handler_killed_after_the_switch() -> Result {
             thread::sleep(Duration::from_millis(300 + 37 * (round + kills)));
             let handler = there.status()?.handler;
             if let Some(pid) = handler.filter(|_| handler != before) {
-                // SAFETY: it ends a process that was started for this test.
-                unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+                kill(pid);
                 kills += 1;
                 before = handler;
             }
@@ -483,16 +526,12 @@ fn handler_killed_before_the_switch() -> Result {
     let more = [&SLOW[..], &["--give-up", "0.5"]].concat();
     let moving = journey.at.move_to(&there.address()?, &more)?;
     journey.at.wait_phase(Phase::PreCopy)?;
-    let Some(pid) = there.status()?.handler else {
-        fail!("there is no handler");
-    };
-    // SAFETY: it ends a process that was started for this test.
-    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+    kill(handler_of(&there)?);
     count("handlers killed before the switch", 1);
     let (status, said) = there.wait_end()?;
     ensure_eq!(status, Some(2), "the destination's exit status");
     ensure!(
-        said.contains("the page handler died before the guest ran here"),
+        said.contains("the page handler died before the guest was here"),
         "the destination says {said}"
     );
     let failure = moving.failure()?;

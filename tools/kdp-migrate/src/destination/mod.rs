@@ -26,8 +26,8 @@ pub struct Destination<M> {
     machine: M,
     misses: Misses,
     options: DestinationOptions,
-    // The guest runs here already.
-    replaces: bool,
+    // What another one left of the guest: whether it was started.
+    replaces: Option<bool>,
 }
 
 /// What an engine must know to take the place of one that is gone.
@@ -39,6 +39,8 @@ pub struct Known {
     /// that is here and not in this set is sent again, and left alone; one that is in it and not here never comes. A
     /// page that is absent for a moment only, since the guest gives it back, is to be in it.
     pub here: PageSet,
+    /// Whether the guest runs. If not, its state is loaded, and the source may have ordered already that it is to run.
+    pub started: bool,
 }
 
 /// What the threads share.
@@ -61,13 +63,13 @@ struct Link {
 }
 
 impl Shared {
-    /// `started`: the guest runs here already.
-    fn new(started: bool) -> Self {
+    /// `loaded`: its state is loaded already. `started`: the guest runs here already.
+    fn new(loaded: bool, started: bool) -> Self {
         Self {
             order: Mutex::default(),
             link: Mutex::new(Link {
-                answered: started,
-                loaded: started,
+                answered: loaded,
+                loaded,
                 started,
                 ..Link::default()
             }),
@@ -88,26 +90,28 @@ impl<M: DestinationMachine> Destination<M> {
             machine,
             misses,
             options,
-            replaces: false,
+            replaces: None,
         }
     }
 
-    /// An engine in the place of one that died alone (its process was killed, say), while the guest runs on and its
-    /// pages are what they were. Only if the guest was started, and [`DestinationMachine::fail`] was not called.
+    /// An engine in the place of one that died alone (its process was killed, say), while the guest and its pages are
+    /// what they were. Only if the guest's state was loaded, and [`DestinationMachine::fail`] was not called.
     /// `misses` is a new one: who waits for a page must tell it, also if the former one was told.
     ///
-    /// [`Self::run`] then listens where the former one did, and calls neither [`DestinationMachine::load`] nor
-    /// [`DestinationMachine::start`]. If a page is absent the source must come within [`DestinationOptions::give_up`];
+    /// [`Self::run`] then listens where the former one did, does not call [`DestinationMachine::load`], and calls
+    /// [`DestinationMachine::start`] only if the guest was not started ([`Known::started`]); it may have been meanwhile, by
+    /// the former one's last call. If a page is absent the source must come within [`DestinationOptions::give_up`];
     /// without an engine it gives up after [`SourceOptions::give_up`](crate::SourceOptions::give_up). The report tells
     /// of this engine alone.
     pub fn replace(machine: M, misses: Misses, options: DestinationOptions, known: Known) -> Self {
         misses.begin_with(&known.here);
         let id = Some(known.id);
+        let replaces = Some(known.started);
         Self {
             machine,
             misses,
             options: DestinationOptions { id, ..options },
-            replaces: true,
+            replaces,
         }
     }
 
@@ -126,7 +130,7 @@ impl<M: DestinationMachine> Destination<M> {
             Error::Argument("the VMM has no memslot, or more pages than can be".into())
         })?;
         listener.set_nonblocking(true).map_err(Error::Listen)?;
-        let shared = Shared::new(self.replaces);
+        let shared = Shared::new(self.replaces.is_some(), self.replaces == Some(true));
         let (jobs, todo) = mpsc::channel();
         thread::scope(|scope| {
             let shared = &shared;

@@ -106,7 +106,12 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
     ) -> Self {
         let begun = Instant::now();
         // For who takes another's place the source is lost, until it comes.
-        let running = destination.replaces.then_some(begun);
+        let lost = destination.replaces.map(|_| begun);
+        let (stage, go) = match destination.replaces {
+            None => (Stage::Copying, None),
+            Some(false) => (Stage::Ready, None),
+            Some(true) => (Stage::Running, Some(begun)),
+        };
         let mut served = Self {
             id: destination.options.id,
             destination,
@@ -117,7 +122,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             progress,
             told: None,
             begun,
-            stage: running.map_or(Stage::Copying, |_| Stage::Running),
+            stage,
             had: 0,
             state: Vec::new(),
             received: Paths::default(),
@@ -126,10 +131,10 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             bytes: 0,
             connections: 0,
             first: None,
-            go: running,
+            go,
             complete: None,
             done_sent: None,
-            broken: running,
+            broken: lost,
             why: "there was no connection".into(),
         };
         served.look_whether_complete();
@@ -292,7 +297,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             self.state = Vec::new();
             self.hinted = 0;
         }
-        let had = if self.destination.replaces {
+        let had = if self.destination.replaces.is_some() {
             self.had = 0;
             self.tell_what_is_here(sender)?
         } else {

@@ -590,8 +590,17 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             thread::sleep(backoff);
             backoff = (backoff * 2).min(Duration::from_secs(1));
         };
-        if connection.stage == Stage::Running && !self.committed {
-            let what = "it runs a guest that was not handed over to it";
+        // None gets further than it was told to.
+        let ahead = match connection.stage {
+            Stage::Running if !self.committed => {
+                Some("it runs a guest that was not handed over to it")
+            }
+            Stage::Loading | Stage::Ready if self.state.is_none() => {
+                Some("it has the state of a guest that has not stopped")
+            }
+            _ => None,
+        };
+        if let Some(what) = ahead {
             connection.sender.refuse(Code::Malformed, what);
             return Err(malformed(what.into()));
         }

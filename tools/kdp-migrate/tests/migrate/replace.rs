@@ -15,6 +15,8 @@ enum Death {
     Call(i64),
     /// When all is here, before it tells anybody.
     Complete,
+    /// When it is to start the guest: before it does, or when it has.
+    Start { started: bool },
     /// At some time, after its connection was cut at half of it.
     After(Duration),
     /// Never; its connection is cut at that time.
@@ -26,6 +28,7 @@ struct Process {
     machine: Arriving,
     calls: AtomicI64,
     dies_complete: bool,
+    dies_at_start: Option<bool>,
     dead: AtomicBool,
     proxy: Arc<Proxy>,
 }
@@ -96,7 +99,14 @@ impl DestinationMachine for Mortal {
     }
 
     fn start(&self) -> Result<(), MachineError> {
-        self.0.machine.start()
+        let Some(starts) = self.0.dies_at_start else {
+            return self.0.machine.start();
+        };
+        if starts {
+            self.0.machine.start()?;
+        }
+        self.0.die();
+        Err("it was killed".into())
     }
 
     fn fail(&self, error: &Error) {
@@ -137,20 +147,28 @@ impl Engines {
                 _ => i64::MAX,
             }),
             dies_complete: matches!(death, Death::Complete),
+            dies_at_start: match death {
+                Death::Start { started } => Some(started),
+                _ => None,
+            },
             dead: AtomicBool::new(false),
             proxy: self.proxy.clone(),
         });
         let machine = Mortal(process.clone());
-        let destination = if self.vm.starts.load(SeqCst) == 0 {
+        let destination = if self.vm.vcpus.lock().unwrap().is_none() {
             let options = DestinationOptions {
                 id: Some(self.id),
                 ..destination_options()
             };
             Destination::new(machine, self.vm.misses(), options)
         } else {
-            let (id, here) = (self.id, self.vm.here());
+            let known = Known {
+                id: self.id,
+                here: self.vm.here(),
+                started: self.vm.starts.load(SeqCst) > 0,
+            };
             let misses = self.vm.renew_misses();
-            Destination::replace(machine, misses, destination_options(), Known { id, here })
+            Destination::replace(machine, misses, destination_options(), known)
         };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = listener.try_clone().unwrap();
@@ -253,6 +271,17 @@ fn an_engine_that_was_killed_when_all_was_here_is_replaced_by_one_that_says_so()
             ..slow_postcopy()
         };
         moved(seed, false, options, &[Death::Complete]);
+    }
+}
+
+/// The source cannot take its guest back any more then.
+#[test]
+fn an_engine_that_is_killed_when_it_is_to_start_the_guest_is_replaced() {
+    for seed in 0..4 * soak() {
+        let start = Death::Start {
+            started: seed % 4 > 1,
+        };
+        moved(seed, seed % 2 == 1, slow_postcopy(), &[start]);
     }
 }
 
@@ -374,6 +403,27 @@ fn nobody_takes_over_a_guest_that_was_not_handed_over() {
     }
 }
 
+/// A state that no source has sent is that of another guest.
+#[test]
+fn nobody_has_the_state_of_a_guest_that_runs() {
+    for (stage, had) in [
+        (Stage::Loading, Had::Frames(0)),
+        (Stage::Ready, Had::Frames(0)),
+        (Stage::Ready, Had::Pages(0)),
+    ] {
+        let (from, listener, id, run) = scripted(2);
+        let (mut engine, ..) = Script::accept(&listener);
+        engine.send(&Message::Welcome { id, stage, had });
+        assert_eq!(engine.hear(), Told::Error(2));
+        let failure = run.join().unwrap().unwrap_err();
+        assert_eq!(failure.guest, Guest::RunsHere, "{failure}");
+        let text = failure.to_string();
+        assert!(text.contains("has not stopped"), "{text}");
+        assert_eq!(from.resumes.load(SeqCst), 0);
+        assert!(from.off().is_empty());
+    }
+}
+
 /// An engine that takes over with these pages here; the vCPUs are elsewhere.
 fn taken_over(here: &PageSet, options: DestinationOptions) -> (There, MigrationId) {
     let vm = DestinationVm::new();
@@ -382,7 +432,8 @@ fn taken_over(here: &PageSet, options: DestinationOptions) -> (There, MigrationI
     }
     let id = MigrationId::random();
     let here = here.clone();
-    let known = Known { id, here };
+    let started = true;
+    let known = Known { id, here, started };
     let destination = Destination::replace(Arriving(vm.clone()), vm.misses(), options, known);
     (listen(vm, destination), id)
 }

@@ -21,7 +21,7 @@ use kdp_vmm::Error;
 use kvm_demand_paging::{receive_vm, EventKind, PageRange};
 
 use super::arrival::options;
-use super::pipe::{receive, send, Task, ToHandler, ToVmm};
+use super::pipe::{receive, GoesOn, Sender, Task, ToHandler, ToVmm};
 
 pub fn run() -> Result<ExitCode, Error> {
     let own = |what: &str, source: io::Error| Error::Os {
@@ -54,7 +54,7 @@ pub fn run() -> Result<ExitCode, Error> {
     });
     let remote = Remote {
         pages: Arc::new(Pages::of(vm, task.slot)?),
-        stream,
+        vmm: Arc::new(Sender::to(&stream).map_err(|e| own("standard output", e))?),
         answer: Mutex::new(answer),
     };
     remote.serve(&listener, &task)?;
@@ -64,7 +64,7 @@ pub fn run() -> Result<ExitCode, Error> {
 /// Pages here, a machine there.
 struct Remote {
     pages: Arc<Pages>,
-    stream: UnixStream,
+    vmm: Arc<Sender>,
     answer: Mutex<mpsc::Receiver<Result<(), String>>>,
 }
 
@@ -85,23 +85,22 @@ impl Remote {
                 }
             }
         });
-        let stream = self.stream.try_clone().map_err(|source| Error::Os {
-            what: "a page handler's socket".to_owned(),
-            source,
-        })?;
+        let vmm = self.vmm.clone();
         let tell = |message: &ToVmm| {
-            // The VMM has ended: so does this process, by another thread.
-            let _ = send(&stream, message);
+            // It fails if the VMM has ended: so does this process, by another thread.
+            let _ = vmm.send(message);
         };
         let options = options(task.give_up, task.answer);
         let destination = match &task.goes_on {
             None => Destination::new(self, misses, options),
-            Some(id) => {
+            Some(GoesOn { migration, started }) => {
+                let id = migration.parse::<MigrationId>().map_err(|_| {
+                    Error::Invalid(format!("'{migration}' is no id of a migration"))
+                })?;
                 let known = Known {
-                    id: id
-                        .parse::<MigrationId>()
-                        .map_err(|_| Error::Invalid(format!("'{id}' is no id of a migration")))?,
+                    id,
                     here: self.pages.here()?,
+                    started: *started,
                 };
                 Destination::replace(self, misses, options, known)
             }
@@ -117,7 +116,7 @@ impl Remote {
     /// Have the VMM do something, and wait until it has.
     fn ask(&self, message: &ToVmm) -> Result<(), MachineError> {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
-        send(&self.stream, message)?;
+        self.vmm.send(message)?;
         Ok(answer.recv()??)
     }
 }
@@ -129,7 +128,7 @@ impl DestinationMachine for Remote {
 
     fn begins(&self, id: MigrationId) {
         // If it does not arrive, the VMM has ended.
-        let _ = send(&self.stream, &ToVmm::Comes(id.to_string()));
+        let _ = self.vmm.send(&ToVmm::Comes(id.to_string()));
     }
 
     fn place(&self, first: u64, bytes: &[u8], results: &mut [Placed]) -> Result<(), MachineError> {
@@ -158,6 +157,6 @@ impl DestinationMachine for Remote {
 
     fn fail(&self, error: &kdp_migrate::Error) {
         // If it does not arrive, the VMM has ended.
-        let _ = send(&self.stream, &ToVmm::Fail(error.to_string()));
+        let _ = self.vmm.send(&ToVmm::Fail(error.to_string()));
     }
 }

@@ -1,6 +1,8 @@
 //! What a VMM and its page handler, two processes, tell each other: postcard's bytes, behind their number.
 
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
 
 use kdp_migrate::{DestinationReport, Progress};
 use serde::{de::DeserializeOwned, Deserialize, Serialize};
@@ -13,12 +15,21 @@ const LONGEST: u32 = 65 << 20;
 pub struct Task {
     /// The memslot's id.
     pub slot: u32,
-    /// The migration that another handler has begun, whose guest runs already.
-    pub goes_on: Option<String>,
+    /// What another handler has begun.
+    pub goes_on: Option<GoesOn>,
     /// See `--give-up`.
     pub give_up: Option<f64>,
     /// See `--answer`.
     pub answer: Option<f64>,
+}
+
+/// A migration whose state is loaded.
+#[derive(Serialize, Deserialize)]
+pub struct GoesOn {
+    /// Its id.
+    pub migration: String,
+    /// Whether the guest runs.
+    pub started: bool,
 }
 
 /// From the VMM.
@@ -49,14 +60,32 @@ pub enum ToVmm {
     Failed(String),
 }
 
-pub fn send(mut to: impl Write, message: &impl Serialize) -> io::Result<()> {
-    let bytes = postcard::to_stdvec(message).map_err(io::Error::other)?;
-    let length = u32::try_from(bytes.len())
+/// The end that sends: for several threads, whose messages must not get into each other.
+pub struct Sender(Mutex<UnixStream>);
+
+impl Sender {
+    /// To whoever has the other end.
+    pub fn to(stream: &UnixStream) -> io::Result<Self> {
+        Ok(Self(Mutex::new(stream.try_clone()?)))
+    }
+
+    pub fn send(&self, message: &impl Serialize) -> io::Result<()> {
+        let bytes = encode(message)?;
+        // After a panic there, half of a message may have been sent: who reads it will see.
+        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        to.write_all(&bytes)
+    }
+}
+
+fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    let bytes = postcard::to_extend(message, vec![0; 4]).map_err(io::Error::other)?;
+    let length = u32::try_from(bytes.len() - 4)
         .ok()
         .filter(|length| *length <= LONGEST)
         .ok_or_else(|| io::Error::other("a message is too long"))?;
-    to.write_all(&length.to_le_bytes())?;
-    to.write_all(&bytes)
+    let mut bytes = bytes;
+    bytes[..4].copy_from_slice(&length.to_le_bytes());
+    Ok(bytes)
 }
 
 pub fn receive<T: DeserializeOwned>(mut from: impl Read) -> io::Result<T> {
@@ -74,16 +103,67 @@ pub fn receive<T: DeserializeOwned>(mut from: impl Read) -> io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
 
     #[test]
     fn messages_come_through_and_no_more_than_fits() {
-        let mut wire = Vec::new();
-        send(&mut wire, &ToVmm::Load(vec![1, 2, 3])).unwrap();
-        send(&mut wire, &ToVmm::Start).unwrap();
+        let wire = [
+            encode(&ToVmm::Load(vec![1, 2, 3])).unwrap(),
+            encode(&ToVmm::Start).unwrap(),
+        ]
+        .concat();
         let mut from = wire.as_slice();
         assert!(matches!(receive(&mut from), Ok(ToVmm::Load(state)) if state == [1, 2, 3]));
         assert!(matches!(receive(&mut from), Ok(ToVmm::Start)));
         assert!(receive::<ToVmm>(&mut from).is_err());
         assert!(receive::<ToVmm>(&u32::MAX.to_le_bytes()[..]).is_err());
+    }
+
+    #[test]
+    fn messages_of_several_threads_come_through_whole() {
+        const LOADS: usize = 40;
+        // Much more than a socket takes at once.
+        let state = vec![0xa5; 1 << 20];
+        let load = ToVmm::Load(state.clone());
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let sender = Sender::to(&theirs).unwrap();
+        drop(theirs);
+        let receiver = thread::spawn(move || {
+            let (mut loads, mut starts) = (0, 0);
+            loop {
+                match receive(&ours) {
+                    Ok(ToVmm::Load(came)) => {
+                        assert!(came == state);
+                        loads += 1;
+                    }
+                    Ok(ToVmm::Start) => starts += 1,
+                    Ok(_) => panic!("nobody sent that"),
+                    Err(e) => {
+                        assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof);
+                        return (loads, starts);
+                    }
+                }
+            }
+        });
+        let done = AtomicBool::new(false);
+        let starts = thread::scope(|scope| {
+            // Beside the large ones, for as long as those are sent.
+            let start = || {
+                let mut sent = 0;
+                while !done.load(Ordering::Relaxed) {
+                    sender.send(&ToVmm::Start).unwrap();
+                    sent += 1;
+                }
+                sent
+            };
+            let starters = [scope.spawn(start), scope.spawn(start)];
+            let sent = (0..LOADS).try_for_each(|_| sender.send(&load));
+            done.store(true, Ordering::Relaxed);
+            sent.unwrap();
+            starters.map(|thread| thread.join().unwrap()).iter().sum()
+        });
+        drop(sender);
+        assert_eq!(receiver.join().unwrap(), (LOADS, starts));
     }
 }

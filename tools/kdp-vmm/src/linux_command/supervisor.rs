@@ -7,14 +7,18 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use kdp_vmm::linux::{Machine, Ram, Setup};
 use kdp_vmm::Error;
 use kvm_demand_paging::{send_vm, Memfd, Paging, Vm};
 
-use super::pipe::{receive, send, Task, ToHandler, ToVmm};
+use super::pipe::{receive, GoesOn, Sender, Task, ToHandler, ToVmm};
 use super::vmm::{Event, Vmm};
 use crate::args::LinuxArgs;
+
+/// A handler that lives shorter is not replaced at once: there may be none that lives, and the machine has other work.
+const SHORT_LIFE: Duration = Duration::from_millis(200);
 
 /// The memslot's id.
 const SLOT: u32 = 0;
@@ -29,10 +33,12 @@ pub struct Supervisor {
     guest: Mutex<Guest>,
 }
 
+/// Its lock is the inner one if the machine's is taken, too.
 #[derive(Default)]
 struct Guest {
     /// Which migration brings it.
     migration: Option<String>,
+    /// When its state is loaded. From then on the source may hold it for handed over, so a handler that dies is replaced.
     machine: Option<Arc<Mutex<Machine>>>,
     started: bool,
 }
@@ -41,8 +47,19 @@ struct Guest {
 enum End {
     /// All is here, or never will be: the VMM was told.
     Settled,
-    /// It died.
-    Died,
+    /// It died, or is of no use any more: why that is thought.
+    Died(String),
+}
+
+impl Guest {
+    /// What the next handler finds.
+    fn goes_on(&self) -> Option<GoesOn> {
+        self.machine.as_ref()?;
+        Some(GoesOn {
+            migration: self.migration.clone()?,
+            started: self.started,
+        })
+    }
 }
 
 impl Supervisor {
@@ -67,17 +84,19 @@ impl Supervisor {
     /// One handler after the other, until all is here.
     pub fn run(self: Arc<Self>) {
         loop {
-            let end = self.run_handler();
-            let started = self.guest().started;
-            match end {
+            let begun = Instant::now();
+            match self.run_handler() {
                 Ok(End::Settled) => return,
-                Ok(End::Died) if started => {
-                    tracing::warn!("the page handler has died: another one goes on");
+                Ok(End::Died(how)) if self.guest().machine.is_some() => {
+                    tracing::warn!("the page handler has died ({how}): another one goes on");
+                    thread::sleep(SHORT_LIFE.saturating_sub(begun.elapsed()));
                 }
-                Ok(End::Died) => {
-                    return self.failed("the page handler died before the guest ran here");
+                Ok(End::Died(how)) => {
+                    return self.failed(&format!(
+                        "the page handler died before the guest was here ({how})"
+                    ));
                 }
-                Err(e) if started => {
+                Err(e) if self.guest().started => {
                     let why = format!("there is no page handler: {e}");
                     self.fail(&why);
                     return self.vmm.failed(&why);
@@ -99,7 +118,8 @@ impl Supervisor {
 
     /// The guest must not wait for pages that never come.
     fn fail(&self, why: &str) {
-        if let Some(machine) = &self.guest().machine {
+        let machine = self.guest().machine.clone();
+        if let Some(machine) = machine {
             machine
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -112,12 +132,15 @@ impl Supervisor {
     fn run_handler(self: &Arc<Self>) -> Result<End, Error> {
         let (mut child, stream) = self.spawn()?;
         self.vmm.handler(Some(child.id()));
-        let end = self.begin(&stream).and_then(|()| self.hear(&stream));
+        let end = match self.begin(&stream) {
+            Ok(handler) => self.hear(&stream, &handler),
+            Err(e) => End::Died(e.to_string()),
+        };
         self.vmm.handler(None);
         // One that has said all is ended, one that talks nonsense is not asked for more.
         let _ = child.kill();
         let _ = child.wait();
-        Ok(end.unwrap_or(End::Died))
+        Ok(end)
     }
 
     fn spawn(&self) -> Result<(Child, UnixStream), Error> {
@@ -136,49 +159,57 @@ impl Supervisor {
         })
     }
 
-    fn begin(&self, stream: &UnixStream) -> Result<(), Error> {
+    fn begin(&self, stream: &UnixStream) -> Result<Arc<Sender>, Error> {
         let paged = self
             .ram
             .paged()
             .ok_or_else(|| Error::Invalid("the device does not page this memory".to_owned()))?;
         send_vm(stream, paged.vm(), "guest")?;
-        let guest = self.guest();
         let task = Task {
             slot: SLOT,
-            goes_on: guest.migration.clone().filter(|_| guest.started),
+            goes_on: self.guest().goes_on(),
             give_up: self.give_up,
             answer: self.answer,
         };
-        send(stream, &ToHandler::Take(task)).map_err(|source| Error::Os {
+        let tell = || -> io::Result<Sender> {
+            let handler = Sender::to(stream)?;
+            handler.send(&ToHandler::Take(task))?;
+            Ok(handler)
+        };
+        tell().map(Arc::new).map_err(|source| Error::Os {
             what: "tell a page handler its task".to_owned(),
             source,
         })
     }
 
-    fn hear(self: &Arc<Self>, stream: &UnixStream) -> Result<End, Error> {
+    fn hear(self: &Arc<Self>, stream: &UnixStream, handler: &Arc<Sender>) -> End {
         loop {
-            let Ok(message) = receive(stream) else {
-                return Ok(End::Died);
+            let message = match receive(stream) {
+                Ok(message) => message,
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                    return End::Died("it is gone".to_owned())
+                }
+                Err(e) => return End::Died(format!("what it says makes no sense: {e}")),
             };
             match message {
                 ToVmm::Comes(id) => self.guest().migration = Some(id),
                 ToVmm::Progress(progress) => self.vmm.progress(&progress),
-                ToVmm::Load(state) => self.answer(stream, move |this| this.load(&state))?,
-                ToVmm::Start => self.answer(stream, |this| this.start())?,
+                ToVmm::Load(state) => self.answer(handler, move |this| this.load(&state)),
+                ToVmm::Start => self.answer(handler, |this| this.start()),
                 ToVmm::Fail(why) if self.guest().started => self.fail(&why),
                 // The handler waits for its state to be loaded, which may wait for a page.
                 ToVmm::Fail(why) => {
                     self.failed(&why);
-                    return Ok(End::Settled);
+                    return End::Settled;
                 }
                 ToVmm::Arrived(report) => {
                     self.ram.take_back(true);
                     self.vmm.arrived(report);
-                    return Ok(End::Settled);
+                    return End::Settled;
                 }
                 ToVmm::Failed(why) => {
                     self.failed(&why);
-                    return Ok(End::Settled);
+                    return End::Settled;
                 }
             }
         }
@@ -187,20 +218,15 @@ impl Supervisor {
     /// On a thread of its own: it may wait for a page, and the handler may die.
     fn answer(
         self: &Arc<Self>,
-        stream: &UnixStream,
+        handler: &Arc<Sender>,
         work: impl FnOnce(&Self) -> Result<(), Error> + Send + 'static,
-    ) -> Result<(), Error> {
-        let this = self.clone();
-        let stream = stream.try_clone().map_err(|source| Error::Os {
-            what: "a page handler's socket".to_owned(),
-            source,
-        })?;
+    ) {
+        let (this, handler) = (self.clone(), handler.clone());
         thread::spawn(move || {
             let result = work(&this).map_err(|e| e.to_string());
             // If the handler has died that is found where it is listened to.
-            let _ = send(&stream, &ToHandler::Answer(result));
+            let _ = handler.send(&ToHandler::Answer(result));
         });
-        Ok(())
     }
 
     fn load(&self, state: &[u8]) -> Result<(), Error> {
@@ -213,15 +239,18 @@ impl Supervisor {
         Ok(())
     }
 
+    /// A handler that has died in it is followed by one that asks again.
     fn start(&self) -> Result<(), Error> {
         let machine = self.guest().machine.clone();
         let machine =
             machine.ok_or_else(|| Error::Invalid("there is no state to start from".to_owned()))?;
-        machine
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .start()?;
+        let mut stopped = machine.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.guest().started {
+            return Ok(());
+        }
+        stopped.start()?;
         self.guest().started = true;
+        drop(stopped);
         self.vmm.here(machine);
         Ok(())
     }
