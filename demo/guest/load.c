@@ -16,7 +16,8 @@
  *   kdp_writes   pages written in a round (512)
  *   kdp_churn    MiB that a second process allocates, fills, checks and frees all the time (0: none), in parts, so that
  *                free memory is told of and used again
- *   kdp_spike    MiB that are allocated, written and freed once, before the first round (0: none)
+ *   kdp_spike    MiB that are allocated, written and freed once (0: none)
+ *   kdp_spike_at the round before which they are (1)
  *   kdp_rounds   rounds until it checks everything, says "KDP-LOAD done" and resets the machine (0: for ever)
  *   kdp_pause    milliseconds between rounds (20)
  */
@@ -209,7 +210,7 @@ static uint64_t now(void)
 
 int main(void)
 {
-	unsigned long writes, rounds, churned_mib;
+	unsigned long writes, rounds, churned_mib, spike_at;
 	volatile uint64_t *churned;
 	struct timespec pause;
 	struct area area;
@@ -232,7 +233,7 @@ int main(void)
 	rounds = wanted("kdp_rounds", 0);
 	churned_mib = wanted("kdp_churn", 0);
 	pause = (struct timespec){ .tv_nsec = wanted("kdp_pause", 20) % 1000 * 1000000L };
-	spike(wanted("kdp_spike", 0));
+	spike_at = wanted("kdp_spike_at", 1);
 	churned = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (churned == MAP_FAILED)
 		die("mmap");
@@ -252,6 +253,8 @@ int main(void)
 		die("kdp_mib");
 	}
 	for (unsigned long round = 1; !rounds || round <= rounds; round++) {
+		if (round == spike_at)
+			spike(wanted("kdp_spike", 0));
 		for (unsigned long i = 0; i < writes; i++) {
 			unsigned long n = next(&area) % area.pages;
 

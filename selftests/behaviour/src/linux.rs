@@ -21,8 +21,8 @@ pub const MEMORY: u64 = 128 << 20;
 /// How long a guest may take for what it does in a second on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long it may take to boot.
-fn boot_time() -> Duration {
+/// How long it may take to boot, and a little more.
+pub fn boot_time() -> Duration {
     Duration::from_secs(if on_debug_kernel() { 400 } else { 100 })
 }
 

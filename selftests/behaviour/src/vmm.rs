@@ -61,7 +61,10 @@ fn pour(mut from: impl Read + Send + 'static, mut to: Console) -> JoinHandle<()>
 /// What it says is told at once: a test that waits for something else may be ended at any time.
 fn repeat(from: impl Read + Send + 'static, name: String, mut to: Console) -> JoinHandle<()> {
     thread::spawn(move || {
-        for line in BufReader::new(from).lines().map_while(std::result::Result::ok) {
+        for line in BufReader::new(from)
+            .lines()
+            .map_while(std::result::Result::ok)
+        {
             println!("{name}: {line}");
             // A console takes everything.
             let _ = writeln!(to, "{line}");
@@ -94,7 +97,10 @@ impl Vmm {
         let (console, said) = (Console::default(), Console::default());
         let name = format!("kdp-vmm {number}");
         let out = child.stdout.take().map(|out| pour(out, console.clone()));
-        let err = child.stderr.take().map(|err| repeat(err, name, said.clone()));
+        let err = child
+            .stderr
+            .take()
+            .map(|err| repeat(err, name, said.clone()));
         let mut vmm = Self {
             child,
             control,

@@ -3,7 +3,7 @@
 //! Frames arrive and are placed in the order in which they were sent, so a request waits for all that was sent before its
 //! answer. The time from a frame's sending to its ack has a part that is always there (the way, the placing) and a part that
 //! it waits behind others; the window grows while the second is below a target, and shrinks above it: LEDBAT, RFC 6817.
-//! The target is at least a half of the first part: where CPUs are slow, acks vary by as much without any queue.
+//! The target is at least a quarter of the first part: where CPUs are slow, acks vary by as much without any queue.
 //! Unlike a fixed window it is right for a slow link, on which little is much, and for a long one, on which much is little.
 
 use std::collections::VecDeque;
@@ -23,7 +23,7 @@ const FIRST: u64 = 4;
 const LEAST: u64 = 2;
 
 /// The target is such a part of the delay that is always there, if that is more than what it was set to.
-const PART: u32 = 2;
+const PART: u32 = 4;
 
 /// By so many frames the window grows in the time of one window, at most: ALLOWED_INCREASE and GAIN.
 const STEP: u64 = 4;
@@ -48,8 +48,9 @@ pub struct Ledbat {
 }
 
 impl Ledbat {
-    /// Frames shall wait behind others for `target`, or half as long as they take anyway, with at most `most` bytes on their way. What is learned is learned from
-    /// frames of at least `frame` bytes: smaller ones are there sooner, also if nothing is before them.
+    /// Frames shall wait behind others for `target`, or for a quarter of what they take anyway if that is more, with at
+    /// most `most` bytes on their way. What is learned is learned from frames of at least `frame` bytes: smaller ones are
+    /// there sooner, also if nothing is before them.
     pub fn new(target: Duration, frame: u64, most: u64) -> Self {
         let frame = frame.max(1);
         Self {

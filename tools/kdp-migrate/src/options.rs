@@ -16,7 +16,7 @@ pub struct SourceOptions {
     pub hint_lead: Duration,
     /// Bytes that may be on their way.
     pub window: u64,
-    /// How much later a requested page may come because of those that nobody asked for; or half of what it takes without
+    /// How much later a requested page may come because of those that nobody asked for; or a quarter of what it takes without
     /// them, if that is more ([`ledbat`](crate::ledbat)).
     pub postcopy_delay: Duration,
     /// A connection over which nothing comes for so long is broken.

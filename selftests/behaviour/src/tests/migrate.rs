@@ -458,6 +458,7 @@ fn handler_of(vmm: &Vmm) -> Result<u32> {
 /// The source has sent the order to run the guest, and cannot take it back. The process that it was sent to dies before it
 /// can read it: the next one is sent it again.
 fn handler_killed_at_the_switch() -> Result {
+    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     for _ in 0..rounds(1) {
         let there = Vmm::waiting("shmem", &["--handler-process"])?;
@@ -488,6 +489,7 @@ fn handler_killed_at_the_switch() -> Result {
 /// The process that brings the pages dies again and again while the guest runs there, and each time another one goes on
 /// where it was: it costs time.
 fn handler_killed_after_the_switch() -> Result {
+    need_fast_kernel()?;
     let mut journey = Journey::begin()?;
     for round in 0..rounds(1) {
         let there = Vmm::waiting("shmem", &["--handler-process", "--answer", "1"])?;
