@@ -11,7 +11,7 @@ tell() { echo "<6>vm-init: $*" >/dev/kmsg; }
 . /mnt/settings
 # Set there, and by the kernel from virtme-ng's part of its command line.
 # shellcheck disable=SC2154
-: "$msize" "$shell" "$module" "$leak_scan" "$dmesg" "${virtme_console=}" "${virtme_stty_con=}"
+: "$msize" "$shell" "$module" "$leak_scan" "$dmesg" "$cpus" "${virtme_console=}" "${virtme_stty_con=}"
 
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -38,6 +38,9 @@ for port in /sys/class/virtio-ports/*; do
 	read -r name <"$port/name"
 	ln -s "../${port##*/}" "/dev/virtio-ports/$name"
 done
+
+# For this process and all that it starts.
+/usr/bin/taskset -pc "$cpus" $$ >/dev/null || tell "programs cannot be kept to CPUs $cpus"
 
 for m in kvm_amd kvm_intel; do
 	modprobe $m 2>/dev/null && break

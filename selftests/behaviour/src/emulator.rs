@@ -2,12 +2,16 @@
 
 //! Guests that QEMU's emulation of SVM loses.
 //!
-//! Once in some 100,000 world switches, the more often the more threads of vCPUs share a CPU, the state that QEMU stores
-//! for the guest at a #VMEXIT is its host's: its RIP is the instruction behind VMRUN in kvm_amd's __svm_vcpu_run(), to
-//! the byte, as if the exit had been taken a second time by the host. KVM then runs the guest at that address: most take
-//! a triple fault at once, or end in an internal error of KVM's, some in an endless row of page faults. It happens on
-//! userfaultfd without our module, too. No test can pass with such a guest, and none of our guests has anything at these
-//! addresses, so the test is run again.
+//! Once in some 100,000 world switches the state that QEMU stores for the guest at a #VMEXIT is its host's: its RIP is the
+//! instruction behind VMRUN in kvm_amd's __svm_vcpu_run(), to the byte, as if the exit had been taken a second time by the
+//! host. KVM then runs the guest at that address: most take a triple fault at once, or end in an internal error of KVM's,
+//! some in an endless row of page faults. It happens on userfaultfd without our module, too. No test can pass with such a
+//! guest, and none of our guests has anything at these addresses, so the test is run again.
+//!
+//! By QEMU's source (10.0), any CPU's FXRSTOR or XRSTOR changes hflags2 of the first CPU, not atomically (cpu_clear_ignne()
+//! in target/i386/tcg/system/fpu_helper.c), and may so undo what VMRUN or #VMEXIT have just changed in it there: GIF, nested
+//! paging, who masks interrupts. That fits: every CPU that was seen to take an interrupt which it had masked was CPU 0. So the
+//! test VM runs no program on CPU 0 (scripts/vm-inside/run.py), and this is for other VMs.
 
 use std::fs;
 use std::ops::Range;

@@ -89,7 +89,9 @@ pub fn run(tests: &[&Test]) -> ExitCode {
             if tries == TRIES {
                 break outcome;
             }
-            output.push_str(&format!("QEMU has lost the guest ({how}): once more\n"));
+            output.push_str(&format!(
+                "QEMU has lost the guest ({how}): once more\ncount: 1 guests lost by QEMU\n"
+            ));
             tries += 1;
         };
         for line in output.lines() {

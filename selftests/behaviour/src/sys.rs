@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 use std::time::{Duration, Instant};
 
 use libc::{c_int, c_void, pid_t};
@@ -27,15 +27,39 @@ pub fn check(ret: c_int) -> io::Result<c_int> {
     Ok(ret)
 }
 
-/// Binds the current thread to one CPU, the `n`th, counted round.
+/// The CPUs that this process had when it asked first.
+fn cpus() -> io::Result<&'static [usize]> {
+    static CPUS: OnceLock<Vec<usize>> = OnceLock::new();
+    if let Some(cpus) = CPUS.get() {
+        return Ok(cpus);
+    }
+    // SAFETY: zeros are an empty set, and it outlives the call.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        check(libc::sched_getaffinity(
+            0,
+            size_of::<libc::cpu_set_t>(),
+            &mut set,
+        ))?;
+        set
+    };
+    let is_ours = |cpu: &usize| {
+        // SAFETY: it is below the size of a set.
+        unsafe { libc::CPU_ISSET(*cpu, &set) }
+    };
+    let cpus = (0..libc::CPU_SETSIZE as usize).filter(is_ours).collect();
+    Ok(CPUS.get_or_init(|| cpus))
+}
+
+/// Binds the current thread to one CPU, the `n`th of this process's, counted round.
 ///
 /// For threads of vCPUs that run for long: the fewer of them share a CPU, the fewer guests QEMU loses (see emulator.rs).
 pub fn stay_on_cpu(n: u64) -> io::Result<()> {
-    let cpus = std::thread::available_parallelism()?.get();
+    let cpus = cpus()?;
     // SAFETY: zeros are an empty set, and the set outlives the call.
     let ret = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(n as usize % cpus, &mut set);
+        libc::CPU_SET(cpus[n as usize % cpus.len()], &mut set);
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
     };
     check(ret).map(drop)
