@@ -899,7 +899,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_runs_the_guest_took_the_place_of_another() {
+    fn only_who_has_the_state_took_the_place_of_another() {
         for stage in [Stage::Copying, Stage::Loading] {
             let mut bytes = Vec::new();
             let id = MigrationId([0; 16]);

@@ -78,12 +78,11 @@ impl Sender {
 }
 
 fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
-    let bytes = postcard::to_extend(message, vec![0; 4]).map_err(io::Error::other)?;
+    let mut bytes = postcard::to_extend(message, vec![0; 4]).map_err(io::Error::other)?;
     let length = u32::try_from(bytes.len() - 4)
         .ok()
         .filter(|length| *length <= LONGEST)
         .ok_or_else(|| io::Error::other("a message is too long"))?;
-    let mut bytes = bytes;
     bytes[..4].copy_from_slice(&length.to_le_bytes());
     Ok(bytes)
 }
