@@ -168,8 +168,8 @@ pub struct LinuxArgs {
     #[arg(long, requires = "incoming", conflicts_with = "pager")]
     pub handler_process: bool,
 
-    /// With --incoming: seconds without a connection, or without a page that was asked for, after which the rest of a guest
-    /// is given up [default: 60]
+    /// With --incoming: seconds without a connection, without a page that was asked for, or without a --handler-process that
+    /// lives, after which the rest of a guest is given up [default: 60]
     #[arg(long, value_name = "SECONDS", requires = "incoming", value_parser = parse_seconds)]
     pub give_up: Option<f64>,
 

@@ -13,6 +13,7 @@ use kdp_vmm::linux::{Machine, Ram, Setup};
 use kdp_vmm::Error;
 use kvm_demand_paging::{send_vm, Memfd, Paging, Vm};
 
+use super::arrival::options;
 use super::pipe::{receive, GoesOn, Sender, Task, ToHandler, ToVmm};
 use super::vmm::{Event, Vmm};
 use crate::args::LinuxArgs;
@@ -28,7 +29,8 @@ pub struct Supervisor {
     ram: Arc<Ram>,
     listener: TcpListener,
     vmm: Arc<Vmm>,
-    give_up: Option<f64>,
+    /// For how long handlers may die without a word before no more are started. Each waits as long for its source.
+    give_up: Duration,
     answer: Option<f64>,
     guest: Mutex<Guest>,
 }
@@ -71,7 +73,7 @@ impl Supervisor {
             ram: Arc::new(ram),
             listener,
             vmm: vmm.clone(),
-            give_up: args.give_up,
+            give_up: options(args.give_up, args.answer).give_up,
             answer: args.answer,
             guest: Mutex::default(),
         })
@@ -83,26 +85,30 @@ impl Supervisor {
 
     /// One handler after the other, until all is here.
     pub fn run(self: Arc<Self>) {
+        // When the last handler died that had said something.
+        let mut heard = Instant::now();
         loop {
             let begun = Instant::now();
-            match self.run_handler() {
+            let why = match self.run_handler(&mut heard) {
                 Ok(End::Settled) => return,
-                Ok(End::Died(how)) if self.guest().machine.is_some() => {
+                Ok(End::Died(how)) if self.guest().machine.is_none() => {
+                    format!("the page handler died before the guest was here ({how})")
+                }
+                Ok(End::Died(how)) if heard.elapsed() < self.give_up => {
                     tracing::warn!("the page handler has died ({how}): another one goes on");
                     thread::sleep(SHORT_LIFE.saturating_sub(begun.elapsed()));
+                    continue;
                 }
-                Ok(End::Died(how)) => {
-                    return self.failed(&format!(
-                        "the page handler died before the guest was here ({how})"
-                    ));
-                }
-                Err(e) if self.guest().started => {
-                    let why = format!("there is no page handler: {e}");
-                    self.fail(&why);
-                    return self.vmm.failed(&why);
-                }
-                Err(e) => return self.failed(&e.to_string()),
+                Ok(End::Died(how)) => format!(
+                    "page handlers have died without a word for {} s ({how})",
+                    self.give_up.as_secs_f64()
+                ),
+                Err(e) => format!("there is no page handler: {e}"),
+            };
+            if self.guest().started {
+                self.fail(&why);
             }
+            return self.failed(&why);
         }
     }
 
@@ -129,11 +135,11 @@ impl Supervisor {
         }
     }
 
-    fn run_handler(self: &Arc<Self>) -> Result<End, Error> {
+    fn run_handler(self: &Arc<Self>, heard: &mut Instant) -> Result<End, Error> {
         let (mut child, stream) = self.spawn()?;
         self.vmm.handler(Some(child.id()));
         let end = match self.begin(&stream) {
-            Ok(handler) => self.hear(&stream, &handler),
+            Ok(handler) => self.hear(&stream, &handler, heard),
             Err(e) => End::Died(e.to_string()),
         };
         self.vmm.handler(None);
@@ -168,7 +174,7 @@ impl Supervisor {
         let task = Task {
             slot: SLOT,
             goes_on: self.guest().goes_on(),
-            give_up: self.give_up,
+            give_up: Some(self.give_up.as_secs_f64()),
             answer: self.answer,
         };
         let tell = || -> io::Result<Sender> {
@@ -182,15 +188,27 @@ impl Supervisor {
         })
     }
 
-    fn hear(self: &Arc<Self>, stream: &UnixStream, handler: &Arc<Sender>) -> End {
+    fn hear(
+        self: &Arc<Self>,
+        stream: &UnixStream,
+        handler: &Arc<Sender>,
+        heard: &mut Instant,
+    ) -> End {
+        let mut spoke = false;
         loop {
             let message = match receive(stream) {
                 Ok(message) => message,
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                    return End::Died("it is gone".to_owned())
+                Err(e) => {
+                    if spoke {
+                        *heard = Instant::now();
+                    }
+                    return End::Died(match e.kind() {
+                        io::ErrorKind::UnexpectedEof => "it is gone".to_owned(),
+                        _ => format!("what it says makes no sense: {e}"),
+                    });
                 }
-                Err(e) => return End::Died(format!("what it says makes no sense: {e}")),
             };
+            spoke = true;
             match message {
                 ToVmm::Comes(id) => self.guest().migration = Some(id),
                 ToVmm::Progress(progress) => self.vmm.progress(&progress),
