@@ -46,7 +46,7 @@ test-debug: setup ## the selftests on the debug kernel (KASAN, lockdep, kmemleak
 	@scripts/test debug $(if $(T),'$(T)')
 
 .PHONY: soak
-soak: setup ## the long run: what breaks in migrations and races, N times (10); takes T, too
+soak: setup ## the long run: each failure of migrations, and each race, N times (10); takes T, too
 	@scripts/soak $(or $(N),10) $(if $(T),'$(T)')
 
 .PHONY: demo

@@ -46,6 +46,11 @@ pub fn count(what: &str, number: u64) {
     println!("count: {number} {what}");
 }
 
+/// Adds to what this test has broken: `make soak N=100` runs it until each of those is 100.
+pub fn broke(what: &str, number: u64) {
+    println!("broke: {number} {what}");
+}
+
 fn limit() -> Duration {
     let limit = if on_debug_kernel() {
         DEBUG_KERNEL_LIMIT

@@ -2,23 +2,28 @@
 
 //! The way of a migration from its source to its destination, on which things go wrong when a test says so.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use kdp_migrate::wire::{decode, Message, Reason};
+use kdp_migrate::wire::{decode, encode, Message, Reason};
 
 use crate::check::Result;
 
 /// What becomes of a message to the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fate {
     /// It arrives.
     Pass,
-    /// In its place there comes another one of pages, once more, if the guest has gone over by then.
+    /// In its place there comes another one of pages, if the guest has gone over by then.
     Replace,
+    /// It never arrives.
+    Drop,
+    /// It arrives twice.
+    Repeat,
     /// A bit of it is wrong.
     Damage,
 }
@@ -37,6 +42,7 @@ struct Inside {
     ends: Mutex<Vec<TcpStream>>,
     bytes: AtomicU64,
     meddler: Mutex<Option<Meddler>>,
+    meddled: Mutex<HashMap<Fate, u64>>,
 }
 
 impl Link {
@@ -85,6 +91,11 @@ impl Link {
     pub fn meddle(&self, meddler: Meddler) {
         *self.inside.meddler() = Some(meddler);
     }
+
+    /// How many messages had that fate.
+    pub fn meddled(&self, fate: Fate) -> u64 {
+        self.inside.meddled().get(&fate).copied().unwrap_or(0)
+    }
 }
 
 impl Inside {
@@ -96,10 +107,15 @@ impl Inside {
         self.meddler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn meddled(&self) -> MutexGuard<'_, HashMap<Fate, u64>> {
+        self.meddled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn join(self: Arc<Self>, near: TcpStream, far: TcpStream) -> std::io::Result<()> {
         near.set_nodelay(true)?;
         far.set_nodelay(true)?;
-        self.ends().extend([near.try_clone()?, far.try_clone()?]);
+        // A source has one connection at a time: what it had before is over, and its descriptors go.
+        *self.ends() = vec![near.try_clone()?, far.try_clone()?];
         let (back, forth) = ((far.try_clone()?, near.try_clone()?), (near, far));
         let there = self.clone();
         thread::spawn(move || there.forth(forth));
@@ -109,12 +125,14 @@ impl Inside {
 
     /// Whole messages, each as it is decided on.
     fn forth(&self, ends: (TcpStream, TcpStream)) {
-        let mut before = Vec::new();
+        // The last frame of pages that can still be sent, and its number.
+        let mut before: Option<(u16, Vec<u8>)> = None;
+        let mut number = 0;
         pass(ends, |waiting, bytes| {
             self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             waiting.extend_from_slice(bytes);
             let mut out = Vec::new();
-            while let Ok(Some((message, length))) = decode(waiting) {
+            while let Ok(Some((message, length))) = decode(waiting, number) {
                 let fate = match self.meddler().as_mut() {
                     Some(decide) => decide(&message),
                     None => Fate::Pass,
@@ -123,22 +141,27 @@ impl Inside {
                 let stays =
                     matches!(&message, Message::Pages { reason, .. } if *reason != Reason::PreCopy);
                 let frame: Vec<u8> = waiting.drain(..length).collect();
-                match fate {
-                    Fate::Replace if stays && !before.is_empty() => {
-                        out.extend_from_slice(&before);
-                        continue;
-                    }
-                    Fate::Pass | Fate::Replace => out.extend_from_slice(&frame),
-                    Fate::Damage => {
-                        let middle = out.len() + frame.len() / 2;
-                        out.extend_from_slice(&frame);
-                        out[middle] ^= 1;
-                        continue;
-                    }
+                let other = before.as_ref().filter(|_| stays);
+                let other = other.and_then(|(number, bytes)| decode(bytes, *number).ok()?);
+                let fate = match (fate, &other) {
+                    (Fate::Replace, None) => Fate::Pass,
+                    (fate, _) => fate,
+                };
+                *self.meddled().entry(fate).or_default() += 1;
+                let start = out.len();
+                match (fate, other) {
+                    (Fate::Drop, _) => {}
+                    (Fate::Replace, Some((other, _))) => encode(&other, number, &mut out),
+                    (Fate::Repeat, _) => out.extend([&frame[..], &frame[..]].concat()),
+                    _ => out.extend_from_slice(&frame),
                 }
-                if stays {
-                    before = frame;
+                if fate == Fate::Damage {
+                    out[start + frame.len() / 2] ^= 1;
                 }
+                if stays && matches!(fate, Fate::Pass | Fate::Repeat) {
+                    before = Some((number, frame));
+                }
+                number = number.wrapping_add(1);
             }
             out
         });

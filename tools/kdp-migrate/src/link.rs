@@ -46,8 +46,15 @@ impl From<Bad> for End {
 /// The half that writes. Threads may share it.
 pub(crate) struct Sender {
     stream: TcpStream,
-    buffer: Mutex<Vec<u8>>,
+    output: Mutex<Output>,
     bytes: AtomicU64,
+}
+
+#[derive(Default)]
+struct Output {
+    buffer: Vec<u8>,
+    // Of the next frame.
+    number: u16,
 }
 
 /// The half that reads.
@@ -57,6 +64,8 @@ pub(crate) struct Receiver {
     // Bytes in `input` that are used up, and that are there.
     used: usize,
     filled: usize,
+    // Of the next frame.
+    number: u16,
     bytes: u64,
 }
 
@@ -74,7 +83,7 @@ pub(crate) fn split(stream: TcpStream, stall: Duration) -> io::Result<(Sender, R
     stream.set_read_timeout(Some(TICK))?;
     let sender = Sender {
         stream: stream.try_clone()?,
-        buffer: Mutex::new(Vec::new()),
+        output: Mutex::default(),
         bytes: AtomicU64::new(0),
     };
     let receiver = Receiver {
@@ -82,6 +91,7 @@ pub(crate) fn split(stream: TcpStream, stall: Duration) -> io::Result<(Sender, R
         input: vec![0; 2 * (wire::HEADER + wire::MAX_PAYLOAD)],
         used: 0,
         filled: 0,
+        number: 0,
         bytes: 0,
     };
     Ok((sender, receiver))
@@ -90,11 +100,13 @@ pub(crate) fn split(stream: TcpStream, stall: Duration) -> io::Result<(Sender, R
 impl Sender {
     /// Send a message; how long its frame was. After an error the connection is over for everybody.
     pub(crate) fn send(&self, message: &Message<'_>) -> Result<u64, End> {
-        let mut buffer = lock(&self.buffer);
+        let mut output = lock(&self.output);
+        let Output { buffer, number } = &mut *output;
         buffer.clear();
-        wire::encode(message, &mut buffer);
+        wire::encode(message, *number, buffer);
+        *number = number.wrapping_add(1);
         (&self.stream)
-            .write_all(&buffer)
+            .write_all(buffer)
             .inspect_err(|_| self.close())?;
         let len = buffer.len() as u64;
         self.bytes.fetch_add(len, Ordering::Relaxed);
@@ -140,10 +152,12 @@ impl Receiver {
                 Err(error) => return Err(error.into()),
             }
         }
-        let Some((message, len)) = wire::decode(&self.input[self.used..self.filled])? else {
+        let bytes = &self.input[self.used..self.filled];
+        let Some((message, len)) = wire::decode(bytes, self.number)? else {
             return Ok(Received::Nothing);
         };
         self.used += len;
+        self.number = self.number.wrapping_add(1);
         match message {
             Message::Error { code, text } if Code::is_transient(code) => Err(End::Broken(format!(
                 "the other side could not read what it got: {text}"

@@ -1,14 +1,16 @@
 //! The protocol: messages, how they become bytes, and how bytes that may be anything are read.
 //!
-//! A frame is a header of 12 bytes (length of the payload, kind, zeros, CRC-32 of all that and the payload; little
-//! endian, as everything here) and a payload. It is the frame of the page sources' protocol, with other kinds.
+//! A frame is a header of 12 bytes (length of the payload, kind, number, CRC-32 of all that and the payload; little
+//! endian, as everything here) and a payload. It is the frame of the page sources' protocol, with other kinds, and numbers:
+//! those of each way of a connection are counted from 0, modulo 65,536. A frame that is lost, or comes twice, ends its connection
+//! as one that is damaged does: a peer that took it for what it is not would lose count of what the other side has.
 
 use crate::{Layout, Slot};
 use kvm_demand_paging::{PageRange, PAGE_SIZE};
 use std::{fmt, str::FromStr};
 
 /// The protocol's version. Both sides must speak the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The bytes before a frame's payload.
 pub const HEADER: usize = 12;
@@ -323,10 +325,11 @@ impl Writer<'_> {
     fn bytes(&mut self, bytes: &[u8]) {
         self.out.extend_from_slice(bytes);
     }
-    fn finish(self, kind: u16) {
+    fn finish(self, kind: u16, number: u16) {
         let (start, len) = (self.start, self.out.len() - self.start - HEADER);
         self.out[start..start + 4].copy_from_slice(&(len as u32).to_le_bytes());
         self.out[start + 4..start + 6].copy_from_slice(&kind.to_le_bytes());
+        self.out[start + 6..start + 8].copy_from_slice(&number.to_le_bytes());
         let crc = checksum(&self.out[start..start + 8], &self.out[start + HEADER..]);
         self.out[start + 8..start + 12].copy_from_slice(&crc.to_le_bytes());
     }
@@ -362,8 +365,8 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Put a message's frame behind what is in `out`.
-pub fn encode(message: &Message<'_>, out: &mut Vec<u8>) {
+/// Put a message's frame behind what is in `out`. So many frames went this way over the connection before.
+pub fn encode(message: &Message<'_>, number: u16, out: &mut Vec<u8>) {
     let start = out.len();
     out.extend_from_slice(&[0; HEADER]);
     let mut to = Writer { out, start };
@@ -465,15 +468,16 @@ pub fn encode(message: &Message<'_>, out: &mut Vec<u8>) {
             ERROR
         }
     };
-    to.finish(kind);
+    to.finish(kind, number);
 }
 
-/// The frame at the beginning of `bytes`: its message, and how long it is. `None` if it is not complete yet.
+/// The frame at the beginning of `bytes`: its message, and how long it is. `None` if it is not complete yet. So many frames
+/// came this way over the connection before.
 ///
 /// # Errors
 ///
 /// Whatever `bytes` are, they are either that or an error. It allocates no more than a frame may be long.
-pub fn decode(bytes: &[u8]) -> Result<Option<(Message<'_>, usize)>, Bad> {
+pub fn decode(bytes: &[u8], number: u16) -> Result<Option<(Message<'_>, usize)>, Bad> {
     let Some(head) = head(bytes)? else {
         return Ok(None);
     };
@@ -489,6 +493,12 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Message<'_>, usize)>, Bad> {
                 head.checksum
             ),
         });
+    }
+    if head.number != number {
+        return Err(malformed(format!(
+            "frame {} came where {number} was next: frames were lost, or came twice",
+            head.number
+        )));
     }
     let message = parse(head.kind, payload)?.ok_or_else(|| {
         malformed(format!(
@@ -507,13 +517,14 @@ pub(crate) fn is_whole(bytes: &[u8]) -> Result<bool, Bad> {
 struct Head {
     len: u32,
     kind: u16,
+    number: u16,
     checksum: u32,
 }
 
 /// The header of a frame, if it is all there.
 fn head(bytes: &[u8]) -> Result<Option<Head>, Bad> {
     let mut header = Fields(bytes);
-    let (Some(len), Some(kind), Some(reserved), Some(checksum)) =
+    let (Some(len), Some(kind), Some(number), Some(checksum)) =
         (header.u32(), header.u16(), header.u16(), header.u32())
     else {
         return Ok(None);
@@ -524,14 +535,13 @@ fn head(bytes: &[u8]) -> Result<Option<Head>, Bad> {
             "a frame of {len} bytes, at most {MAX_PAYLOAD} are allowed"
         )));
     }
-    if !(HELLO..=HERE).contains(&kind) || reserved != 0 {
-        return Err(malformed(format!(
-            "there is no frame of kind {kind} with {reserved} in its reserved bytes"
-        )));
+    if !(HELLO..=HERE).contains(&kind) {
+        return Err(malformed(format!("there is no frame of kind {kind}")));
     }
     Ok(Some(Head {
         len,
         kind,
+        number,
         checksum,
     }))
 }
@@ -824,32 +834,35 @@ mod tests {
 
     proptest! {
         #[test]
-        fn messages_survive(message in message(), tail in prop::collection::vec(any::<u8>(), 0..20)) {
+        fn messages_survive(message in message(), number: u16, other: u16, tail in prop::collection::vec(any::<u8>(), 0..20)) {
             let mut bytes = Vec::new();
-            encode(&message, &mut bytes);
+            encode(&message, number, &mut bytes);
             let len = bytes.len();
             bytes.extend(tail);
-            prop_assert_eq!(decode(&bytes), Ok(Some((message, len))));
+            prop_assert_eq!(decode(&bytes, number), Ok(Some((message, len))));
             for short in [0, 1, HEADER - 1, HEADER, len - 1] {
                 if short < len {
-                    prop_assert_eq!(decode(&bytes[..short]), Ok(None));
+                    prop_assert_eq!(decode(&bytes[..short], number), Ok(None));
                 }
+            }
+            if other != number {
+                prop_assert_eq!(decode(&bytes, other).unwrap_err().code, Code::Malformed);
             }
         }
 
         #[test]
         fn a_changed_byte_is_found(message in message(), at: prop::sample::Index, flip in 1u8..) {
             let mut bytes = Vec::new();
-            encode(&message, &mut bytes);
+            encode(&message, 0, &mut bytes);
             let at = at.index(bytes.len());
             bytes[at] ^= flip;
             // A length that grew makes the frame incomplete; everything else is an error.
-            prop_assert!(!matches!(decode(&bytes), Ok(Some(_))));
+            prop_assert!(!matches!(decode(&bytes, 0), Ok(Some(_))));
         }
 
         #[test]
         fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _ = decode(&bytes);
+            let _ = decode(&bytes, 0);
         }
 
         /// A peer that means harm sends right checksums.
@@ -864,11 +877,11 @@ mod tests {
             };
             let mut bytes = vec![0; HEADER];
             bytes.extend_from_slice(&payload);
-            Writer { out: &mut bytes, start: 0 }.finish(kind);
-            if let Ok(Some((message, len))) = decode(&bytes) {
+            Writer { out: &mut bytes, start: 0 }.finish(kind, 0);
+            if let Ok(Some((message, len))) = decode(&bytes, 0) {
                 prop_assert_eq!(len, bytes.len());
                 let mut again = Vec::new();
-                encode(&message, &mut again);
+                encode(&message, 0, &mut again);
                 // An error's text is made readable, so it may change.
                 let is_error = matches!(&message, Message::Error { .. });
                 prop_assert!(is_error || again == bytes);
@@ -885,6 +898,7 @@ mod tests {
                 stage: Stage::Copying,
                 had: Had::Frames(0),
             },
+            0,
             &mut bytes,
         );
         bytes[HEADER + 8] = 9;
@@ -892,8 +906,8 @@ mod tests {
             out: &mut bytes,
             start: 0,
         }
-        .finish(WELCOME);
-        let bad = decode(&bytes).unwrap_err();
+        .finish(WELCOME, 0);
+        let bad = decode(&bytes, 0).unwrap_err();
         assert_eq!(bad.code, Code::Version);
         assert!(bad.what.contains("version 9"), "{bad}");
     }
@@ -904,8 +918,8 @@ mod tests {
             let mut bytes = Vec::new();
             let id = MigrationId([0; 16]);
             let had = Had::Pages(0);
-            encode(&Message::Welcome { id, stage, had }, &mut bytes);
-            assert_eq!(decode(&bytes).unwrap_err().code, Code::Malformed);
+            encode(&Message::Welcome { id, stage, had }, 0, &mut bytes);
+            assert_eq!(decode(&bytes, 0).unwrap_err().code, Code::Malformed);
         }
     }
 

@@ -12,7 +12,7 @@ use kdp_migrate::wire::{Message, Reason};
 use kdp_migrate::Phase;
 
 use crate::check::{skip, Result};
-use crate::harness::{count, on_debug_kernel, rounds};
+use crate::harness::{broke, on_debug_kernel, rounds};
 use crate::link::{Fate, Link};
 use crate::linux::{Console, MEMORY};
 use crate::slot::{need_huge_pages, PAGE};
@@ -35,6 +35,7 @@ tests! {
     "migrate-handler-killed-at-the-switch" => handler_killed_at_the_switch,
     "migrate-handler-killed-after-the-switch" => handler_killed_after_the_switch,
     "migrate-handler-killed-before-the-switch" => handler_killed_before_the_switch,
+    "migrate-handler-that-never-lives-fails-closed" => handler_that_never_lives_fails_closed,
     "migrate-source-killed-while-the-state-is-loaded" => source_killed_while_the_state_is_loaded,
     "migrate-source-killed-after-the-switch" => source_killed_after_the_switch,
 }
@@ -242,6 +243,7 @@ fn lost_pages_stay_lost() -> Result {
         "{} lost pages were sent",
         report.sent.lost
     );
+    broke("pages lost at the source", PAGES.len() as u64);
     a.wait_end()?;
     b.console.wait_whole_check()?;
     ensure_eq!(
@@ -334,7 +336,7 @@ fn cut_connections_are_resumed() -> Result {
             thread::sleep(Duration::from_millis(1));
         }
         let report = moving.report()?;
-        count("connections cut", cuts);
+        broke("connections cut", cuts);
         ensure!(
             cuts > 2 && report.reconnects >= cuts - 1,
             "{} new connections after {cuts} cuts",
@@ -345,37 +347,46 @@ fn cut_connections_are_resumed() -> Result {
     Ok(())
 }
 
-/// A source that answers with another page than was asked for, with one twice, or with rubbish, is asked again.
+/// A source that answers with another page than was asked for, twice, never, or with rubbish, is asked again; and so is one
+/// whose pages get lost, or come twice, while the guest still runs there and makes them stale.
 fn wrong_pages_are_asked_for_again() -> Result {
     need_fast_kernel()?;
     let mut journey = Journey::begin()?;
-    for _ in 0..rounds(1) {
+    for round in 0..2 * rounds(1) {
         let there = Vmm::waiting("shmem", &["--answer", "0.5"])?;
         let link = Link::to(&there.address()?)?;
-        let wrong = Arc::new(AtomicU64::new(0));
         let mut frames = 0;
-        let counted = wrong.clone();
         link.meddle(Box::new(move |message| {
             let Message::Pages { reason, .. } = message else {
                 return Fate::Pass;
             };
             frames += 1;
-            let fate = match (reason, frames % 60) {
-                (Reason::Requested, 7 | 8) => Fate::Replace,
-                (Reason::Background, 20) => Fate::Replace,
-                (_, 50) => Fate::Damage,
+            match (reason, frames % 150) {
+                (Reason::Requested, 7) | (Reason::Background, 20) => Fate::Replace,
+                (_, 40) => Fate::Drop,
+                (_, 75) => Fate::Repeat,
+                (_, 110) => Fate::Damage,
                 _ => Fate::Pass,
-            };
-            counted.fetch_add(u64::from(fate != Fate::Pass), Ordering::Relaxed);
-            fate
+            }
         }));
-        let report = journey
-            .at
-            .move_to(link.address(), &["--rounds", "0"])?
-            .report()?;
-        let wrong = wrong.load(Ordering::Relaxed);
-        count("messages wrong, or in another's place", wrong);
-        ensure!(wrong > 3, "{wrong} messages were wrong");
+        let by_precopy = round % 2 == 1;
+        let more = if by_precopy {
+            &SLOW
+        } else {
+            &["--rounds", "0"]
+        };
+        let report = journey.at.move_to(link.address(), more)?.report()?;
+        for (fate, what) in [
+            (Fate::Replace, "answers that were another page"),
+            (Fate::Drop, "frames of pages that never came"),
+            (Fate::Repeat, "frames of pages that came twice"),
+            (Fate::Damage, "frames of pages that were damaged"),
+        ] {
+            let times = link.meddled(fate);
+            broke(what, times);
+            let may_be_none = by_precopy && fate == Fate::Replace;
+            ensure!(times > 0 || may_be_none, "there were no {what}");
+        }
         ensure!(report.reconnects > 0, "no connection was given up");
         journey.goes_on_at(there)?;
     }
@@ -396,7 +407,7 @@ fn destination_killed_before_the_switch() -> Result {
                 .is_some_and(|now| now.phase == Phase::PreCopy && now.bytes > 500_000 * round)
         })?;
         there.kill();
-        count("destinations killed before the switch", 1);
+        broke("destinations killed before the switch", 1);
         let failure = moving.failure()?;
         ensure!(failure.contains("runs on here"), "it says {failure}");
         ensure_eq!(
@@ -424,7 +435,7 @@ fn source_killed_after_the_switch() -> Result {
         there.wait_here()?;
         thread::sleep(Duration::from_millis(50 * round));
         journey.at.kill();
-        count("sources killed after the switch", 1);
+        broke("sources killed after the switch", 1);
         let failure = moving.failure()?;
         ensure!(failure.contains("went away"), "kdp migrate says {failure}");
         let (status, said) = there.wait_end()?;
@@ -477,7 +488,7 @@ fn handler_killed_at_the_switch() -> Result {
         let more = ["--rounds", "0"];
         let report = journey.at.move_to(link.address(), &more)?.report()?;
         let kills = kills.load(Ordering::Relaxed);
-        count("handlers killed at the switch", kills);
+        broke("handlers killed at the switch", kills);
         ensure_eq!(kills, 1, "handlers killed");
         ensure!(report.reconnects > 0, "no connection was given up");
         there.wait_arrival()?;
@@ -507,7 +518,7 @@ fn handler_killed_after_the_switch() -> Result {
             }
         }
         let report = moving.report()?;
-        count("handlers killed after the switch", kills);
+        broke("handlers killed after the switch", kills);
         // The last one may have been killed when all was there.
         ensure!(
             kills > 2 && report.reconnects >= kills - 1,
@@ -524,24 +535,57 @@ fn handler_killed_after_the_switch() -> Result {
 fn handler_killed_before_the_switch() -> Result {
     need_fast_kernel()?;
     let mut journey = Journey::begin()?;
-    let mut there = Vmm::waiting("shmem", &["--handler-process"])?;
-    let more = [&SLOW[..], &["--give-up", "0.5"]].concat();
-    let moving = journey.at.move_to(&there.address()?, &more)?;
-    journey.at.wait_phase(Phase::PreCopy)?;
-    kill(handler_of(&there)?);
-    count("handlers killed before the switch", 1);
-    let (status, said) = there.wait_end()?;
-    ensure_eq!(status, Some(2), "the destination's exit status");
-    ensure!(
-        said.contains("the page handler died before the guest was here"),
-        "the destination says {said}"
-    );
-    let failure = moving.failure()?;
-    ensure!(failure.contains("runs on here"), "it says {failure}");
-    journey.at.console.wait_rounds(2)?;
+    for _ in 0..rounds(1) {
+        let mut there = Vmm::waiting("shmem", &["--handler-process"])?;
+        let more = [&SLOW[..], &["--give-up", "0.5"]].concat();
+        let moving = journey.at.move_to(&there.address()?, &more)?;
+        journey.at.wait_phase(Phase::PreCopy)?;
+        kill(handler_of(&there)?);
+        broke("handlers killed before the switch", 1);
+        let (status, said) = there.wait_end()?;
+        ensure_eq!(status, Some(2), "the destination's exit status");
+        ensure!(
+            said.contains("the page handler died before the guest was here"),
+            "the destination says {said}"
+        );
+        let failure = moving.failure()?;
+        ensure!(failure.contains("runs on here"), "it says {failure}");
+        journey.at.console.wait_rounds(2)?;
+    }
+    journey.check()?;
     let there = Vmm::waiting("shmem", &["--handler-process"])?;
     journey.at.move_to(&there.address()?, &[])?.report()?;
     journey.goes_on_at(there)
+}
+
+/// When none lives long enough to say a word the guest ends with an error: it does not wait for ever.
+fn handler_that_never_lives_fails_closed() -> Result {
+    need_fast_kernel()?;
+    let mut journey = Journey::begin()?;
+    let mut there = Vmm::waiting("shmem", &["--handler-process", "--give-up", "2"])?;
+    let more = ["--rounds", "0", "--bandwidth", "1M", "--give-up", "5"];
+    let moving = journey.at.move_to(&there.address()?, &more)?;
+    there.wait_here()?;
+    let (mut kills, mut before) = (0, None);
+    while let Ok(status) = there.status() {
+        if let Some(pid) = status.handler.filter(|_| status.handler != before) {
+            kill(pid);
+            kills += 1;
+            before = status.handler;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    ensure!(kills > 2, "{kills} handlers were killed");
+    let (status, said) = there.wait_end()?;
+    ensure_eq!(status, Some(2), "the destination's exit status");
+    ensure!(
+        said.contains("will never come: page handlers have died without a word for 2 s"),
+        "the destination says {said}"
+    );
+    moving.failure()?;
+    journey.consoles.push(journey.at.console.clone());
+    journey.at = there;
+    journey.check()
 }
 
 /// What loads the state waits for pages in the kernel. If the source dies then, no guest comes, and the VMM says so and ends.
@@ -567,7 +611,7 @@ fn source_killed_while_the_state_is_loaded() -> Result {
         let moving = journey.at.move_to(link.address(), &["--rounds", "0"])?;
         told.recv_timeout(PATIENCE)?;
         journey.at.kill();
-        count("sources killed at the switch", 1);
+        broke("sources killed at the switch", 1);
         moving.failure()?;
         let (status, said) = there.wait_end()?;
         // It may have been loaded, and even started, before the source died.

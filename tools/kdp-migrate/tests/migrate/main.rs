@@ -367,6 +367,7 @@ fn a_destination_that_hangs_at_the_switch_gives_the_guest_back() {
             stage: Stage::Copying,
             had: Had::Frames(0),
         },
+        0,
         &mut welcome,
     );
     std::io::Write::write_all(&mut stream, &welcome).unwrap();
@@ -488,13 +489,11 @@ fn a_page_that_is_wrong_is_asked_for_again() {
         let reader = toucher(&to.vm, 33);
         hear_request(&mut peer, 33);
         // Bytes that do not belong to the checksum.
-        let mut bytes = Vec::new();
-        let message = Message::Pages {
+        let mut bytes = peer.frame(&Message::Pages {
             pages: PageRange::page(33),
             reason: wire::Reason::Requested,
             data: wire::Data::Bytes(&[5; PAGE]),
-        };
-        wire::encode(&message, &mut bytes);
+        });
         bytes[500] ^= 1;
         peer.bytes(&bytes);
         assert_eq!(hear_end(&mut peer), Heard::Closed);
@@ -521,6 +520,38 @@ fn a_page_that_is_wrong_is_asked_for_again() {
         assert_eq!(reader.join().unwrap(), Ok(7));
         assert_eq!(to.vm.touch(34, |bytes| bytes[100]), Ok(6));
         assert_eq!(to.vm.placed.lock().unwrap()[33], 1);
+    }
+}
+
+/// Who counted it, or did not, would lose count of what is there: a page that got stale would stay so.
+#[test]
+fn a_frame_that_is_lost_or_comes_twice_ends_its_connection() {
+    let to = there(destination_options());
+    let id = MigrationId::random();
+    let (mut peer, heard) = Peer::greet(to.address, id, false);
+    assert_eq!(heard, Heard::Welcome(Stage::Copying, Had::Frames(0)));
+    let message = Message::Pages {
+        pages: PageRange::page(33),
+        reason: wire::Reason::PreCopy,
+        data: wire::Data::Bytes(&[5; PAGE]),
+    };
+    for twice in [true, false] {
+        let frame = peer.frame(&message);
+        if twice {
+            peer.bytes(&frame);
+            peer.bytes(&frame);
+        } else {
+            // The frame is not sent, and the next one is.
+            peer.send(&message);
+        }
+        let heard = hear_end(&mut peer);
+        assert!(
+            matches!(heard, Heard::Error(2) | Heard::Closed),
+            "{heard:?}"
+        );
+        let heard;
+        (peer, heard) = Peer::greet(to.address, id, true);
+        assert_eq!(heard, Heard::Welcome(Stage::Copying, Had::Frames(1)));
     }
 }
 

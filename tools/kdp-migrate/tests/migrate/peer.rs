@@ -12,6 +12,9 @@ use std::{
 pub struct Peer {
     stream: TcpStream,
     input: Vec<u8>,
+    // Numbers of the next frames.
+    out: u16,
+    next: u16,
     pinged: Instant,
     /// The last ack.
     pub acked: u64,
@@ -42,6 +45,8 @@ impl Peer {
         Ok(Self {
             stream,
             input: Vec::new(),
+            out: 0,
+            next: 0,
             pinged: Instant::now(),
             acked: 0,
         })
@@ -67,9 +72,16 @@ impl Peer {
         let _ = self.stream.write_all(bytes);
     }
 
-    pub fn send(&mut self, message: &Message<'_>) {
+    /// The next frame, for a test that does something to it.
+    pub fn frame(&mut self, message: &Message<'_>) -> Vec<u8> {
         let mut bytes = Vec::new();
-        wire::encode(message, &mut bytes);
+        wire::encode(message, self.out, &mut bytes);
+        self.out = self.out.wrapping_add(1);
+        bytes
+    }
+
+    pub fn send(&mut self, message: &Message<'_>) {
+        let bytes = self.frame(message);
         self.bytes(&bytes);
     }
 
@@ -117,7 +129,7 @@ impl Peer {
                 self.pinged = Instant::now();
                 self.send(&Message::Ping);
             }
-            if let Some((message, len)) = wire::decode(&self.input).unwrap() {
+            if let Some((message, len)) = wire::decode(&self.input, self.next).unwrap() {
                 let heard = match message {
                     Message::Welcome { stage, had, .. } => Some(Heard::Welcome(stage, had)),
                     Message::Here { first, words } => Some(Heard::Here(first, words)),
@@ -133,6 +145,7 @@ impl Peer {
                     _ => None,
                 };
                 self.input.drain(..len);
+                self.next = self.next.wrapping_add(1);
                 match heard {
                     // The vCPU's only page is no test's subject.
                     Some(Heard::Request(ranges))
@@ -163,7 +176,7 @@ impl Peer {
 /// A message as a peer of another release would send it: its version is the first number behind the magic.
 pub fn of_version(message: &Message<'_>, version: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
-    wire::encode(message, &mut bytes);
+    wire::encode(message, 0, &mut bytes);
     bytes[wire::HEADER + 8..][..4].copy_from_slice(&version.to_le_bytes());
     let crc = crc(&[&bytes[..8], &bytes[wire::HEADER..]].concat());
     bytes[8..wire::HEADER].copy_from_slice(&crc.to_le_bytes());

@@ -15,6 +15,9 @@ use std::{
 pub struct Script {
     stream: TcpStream,
     input: Vec<u8>,
+    // Numbers of the next frames.
+    out: u16,
+    next: u16,
     frames: u64,
 }
 
@@ -46,14 +49,17 @@ impl Script {
         let mut script = Self {
             stream,
             input: Vec::new(),
+            out: 0,
+            next: 0,
             frames: 0,
         };
         loop {
-            if let Some((message, len)) = wire::decode(&script.input).unwrap() {
+            if let Some((message, len)) = wire::decode(&script.input, script.next).unwrap() {
                 let Message::Hello { id, resume, .. } = message else {
                     panic!("{message:?} instead of a greeting");
                 };
                 script.input.drain(..len);
+                script.next = script.next.wrapping_add(1);
                 return (script, id, resume);
             }
             assert!(script.read() > 0, "there was no greeting");
@@ -62,7 +68,8 @@ impl Script {
 
     pub fn send(&mut self, message: &Message<'_>) {
         let mut bytes = Vec::new();
-        wire::encode(message, &mut bytes);
+        wire::encode(message, self.out, &mut bytes);
+        self.out = self.out.wrapping_add(1);
         // The other side may have closed it.
         let _ = self.stream.write_all(&bytes);
     }
@@ -85,7 +92,7 @@ impl Script {
     /// The next message that matters. Every frame of pages is acked.
     pub fn hear(&mut self) -> Told {
         loop {
-            let Some((message, len)) = wire::decode(&self.input).unwrap() else {
+            let Some((message, len)) = wire::decode(&self.input, self.next).unwrap() else {
                 if self.read() == 0 {
                     return Told::Closed;
                 }
@@ -107,6 +114,7 @@ impl Script {
                 message => panic!("{message:?}"),
             }
             self.input.drain(..len);
+            self.next = self.next.wrapping_add(1);
             if acks {
                 self.send(&Message::Ack(self.frames));
             }
