@@ -114,6 +114,22 @@ impl Misses {
         self.0.changed.notify_all();
     }
 
+    /// Ask for pages that are not here, `max` at most, if nothing else is asked for.
+    pub(crate) fn want_rest(&self, max: u64) {
+        {
+            let state = lock(&self.0.state);
+            if !state.wanted.is_empty() || state.have.count() == state.have.limit() {
+                return;
+            }
+        }
+        let mut left = max;
+        for run in self.absent(max as usize) {
+            let count = run.count.min(left);
+            self.want(PageRange::new(run.first, count));
+            left -= count;
+        }
+    }
+
     /// Somebody has waited for so long for what [`Self::want`] had asked for: a fault.
     pub fn waited(&self, time: Duration) {
         let mut state = lock(&self.0.state);
@@ -286,6 +302,24 @@ mod tests {
         assert_eq!(misses.has(PageRange::new(2, 4)), [PageRange::new(3, 2)]);
         let (faults, [p50, _, max]) = misses.latency();
         assert!(faults == 2 && p50 >= 1 && max >= p50);
+    }
+
+    #[test]
+    fn the_rest_is_asked_for_some_at_a_time_and_again() {
+        let misses = Misses::new(10);
+        misses.came(PageRange::new(1, 3));
+        misses.want_rest(4);
+        let first = [PageRange::page(0), PageRange::new(4, 3)];
+        assert_eq!(misses.take(9), first);
+        misses.came(PageRange::page(0));
+        misses.want_rest(4);
+        assert!(misses.take(9).is_empty(), "some have not come yet");
+        misses.again();
+        assert_eq!(misses.take(9), first[1..]);
+        misses.came(PageRange::new(4, 3));
+        misses.want_rest(4);
+        assert_eq!(misses.take(9), [PageRange::new(7, 3)]);
+        assert_eq!(misses.latency().0, 0, "nobody has waited");
     }
 
     #[test]

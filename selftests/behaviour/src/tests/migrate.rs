@@ -228,27 +228,34 @@ fn hinted_pages_do_not_travel() -> Result {
 fn lost_pages_stay_lost() -> Result {
     need_fast_kernel()?;
     // Where a PC has no memory: the guest touches it at neither place.
-    const PAGES: [u64; 2] = [0xc8, 0xc9];
+    const BEFORE: [u64; 2] = [0xc8, 0xca];
+    const MEANWHILE: [u64; 2] = [0xc9, 0xcc];
     let mut a = Vmm::waiting("shmem", &[])?;
     let first = a.bring()?;
-    a.poison(PAGES[0])?;
+    for page in BEFORE {
+        a.poison(page)?;
+    }
     let b = Vmm::waiting("shmem", &[])?;
     let moving = a.move_to(&b.address()?, &SLOW)?;
     a.wait_phase(Phase::PreCopy)?;
     // Sent by now, as what it was.
-    a.poison(PAGES[1])?;
+    for page in MEANWHILE {
+        a.poison(page)?;
+    }
+    let mut lost = [BEFORE, MEANWHILE].concat();
+    lost.sort_unstable();
     let report = moving.report()?;
     ensure!(
-        report.sent.lost >= 2,
+        report.sent.lost >= lost.len() as u64,
         "{} lost pages were sent",
         report.sent.lost
     );
-    broke("pages lost at the source", PAGES.len() as u64);
+    broke("pages lost at the source", lost.len() as u64);
     a.wait_end()?;
     b.console.wait_whole_check()?;
     ensure_eq!(
         b.poisoned()?,
-        PAGES.to_vec(),
+        lost,
         "pages that are lost at the destination"
     );
     check_all(&[&first, &a.console, &b.console])

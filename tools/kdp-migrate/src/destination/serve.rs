@@ -5,7 +5,7 @@ use crate::{
     link::{Received, Receiver, Sender},
     lock,
     misses::Misses,
-    wire::{Code, Data, Figures, Had, Message, MigrationId, Reason, Stage, MAX_RANGES, MAX_WORDS},
+    wire::{Code, Data, Figures, Had, Message, MigrationId, Reason, Stage, MAX_WORDS},
     DestinationFigures, DestinationMachine, DestinationReport, Error, Layout, MachineError,
     PageSet, Paths, Phase, Placed, Progress,
 };
@@ -17,6 +17,10 @@ use std::{
 
 /// How long a source that was not told that all is here is waited for at least: it tries again every second.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// Pages that are asked for at a time when the source has sent all and they are not here: 1 MiB, which comes within
+/// [`DestinationOptions::answer`](crate::DestinationOptions::answer) over a link of 2 Mbit/s.
+const REST: u64 = 256;
 
 /// How a connection ended.
 pub(super) enum Over {
@@ -88,6 +92,8 @@ pub(super) struct Served<'a, M> {
     first: Option<Instant>,
     go: Option<Instant>,
     complete: Option<Complete>,
+    // The source of the present connection says that it has sent all.
+    all_sent: bool,
     // When the source of the present connection was told that all is here.
     done_sent: Option<Instant>,
     // Since when there has been none.
@@ -133,6 +139,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             first: None,
             go,
             complete: None,
+            all_sent: false,
             done_sent: None,
             broken: lost,
             why: "there was no connection".into(),
@@ -223,6 +230,7 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
         let (mut heard, mut looked) = (Instant::now(), Instant::now());
         let mut greeted = false;
         self.done_sent = None;
+        self.all_sent = false;
         loop {
             match receiver.receive()? {
                 Received::Nothing if heard.elapsed() > options.stall => {
@@ -247,6 +255,9 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
             if looked.elapsed() >= crate::link::TICK {
                 looked = Instant::now();
                 self.check()?;
+                if self.all_sent && self.complete.is_none() {
+                    self.misses().want_rest(REST);
+                }
                 if let (Some(waited), _) = self.misses().unanswered() {
                     if waited > options.answer {
                         return Err(Fault::Broken(format!(
@@ -396,10 +407,8 @@ impl<'a, M: DestinationMachine> Served<'a, M> {
                 self.give(Job::Start);
             }
             Message::AllSent if self.stage == Stage::Running => {
-                let absent = self.misses().absent(MAX_RANGES);
-                if !absent.is_empty() {
-                    sender.send(&Message::Request(absent))?;
-                }
+                self.all_sent = true;
+                self.misses().want_rest(REST);
             }
             Message::Bye if self.done_sent.is_some() => return Ok(true),
             message => {

@@ -614,6 +614,31 @@ fn a_page_that_never_comes_is_told_to_who_waits() {
     }
 }
 
+/// The source says that it has sent all, and answers with another page: nobody touches the one that is missing, and the
+/// migration must not wait for it for ever.
+#[test]
+fn the_rest_is_asked_for_until_it_comes() {
+    let options = DestinationOptions {
+        answer: Duration::from_millis(200),
+        ..destination_options()
+    };
+    let (to, mut peer, id) = in_postcopy(options);
+    (1..PAGES)
+        .filter(|page| *page != 50)
+        .for_each(|page| peer.page(page, &[0; PAGE]));
+    peer.send(&Message::AllSent);
+    hear_request(&mut peer, 50);
+    peer.page(51, &[0; PAGE]);
+    assert_eq!(hear_end(&mut peer), Heard::Closed);
+    let (mut peer, _) = Peer::greet(to.address, id, true);
+    assert_eq!(peer.hear(), Heard::Started);
+    hear_request(&mut peer, 50);
+    peer.page(50, &[0; PAGE]);
+    assert_eq!(peer.hear(), Heard::Done);
+    peer.send(&Message::Bye);
+    to.run.join().unwrap().unwrap();
+}
+
 #[test]
 fn all_sent_and_not_all_here_is_asked_for() {
     let (to, mut peer, _) = in_postcopy(destination_options());
