@@ -14,8 +14,8 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{load_cmdline, BzImage, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::acpi;
 use super::layout::*;
-use super::mp_table;
 use super::ram::{DeviceMemory, Ram};
 use crate::error::{kvm, Error, Result};
 use crate::memory::PAGE_SIZE;
@@ -28,13 +28,17 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const CAN_USE_HEAP: u8 = 0x80;
 const XLF_KERNEL_64: u16 = 1;
 const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
+const E820_ACPI: u32 = 3;
 
-/// No firmware, no PCI; the reset goes by the keyboard controller, which has nothing else, and for which a driver would look
-/// for seconds; a panic resets at once.
-const COMMAND_LINE_ALWAYS: &str =
-    "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 acpi=off pci=off \
-     initcall_blacklist=i8042_init";
+/// The first line describes the machine: one serial port, no PCI, a keyboard controller that only
+/// has a reset line. A panic resets the machine at once.
+///
+/// The second line turns off what costs a distribution's kernel time at boot: patches for
+/// mitigations, self-tests of ciphers, the protection of kernel code and the check of it, and the
+/// clearing of each allocated page. [`Kernel::append`] can turn them on again: Linux takes the last
+/// value of a parameter.
+const COMMAND_LINE_ALWAYS: &str = "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 pci=off \
+     mitigations=off cryptomgr.notests rodata=off init_on_alloc=0";
 
 /// What a guest boots.
 #[derive(Clone, Debug)]
@@ -92,11 +96,12 @@ pub(super) fn load(ram: &Ram, kernel: &Kernel, vcpus: u8) -> Result<u64> {
         .map_err(|e| Error::invalid(format!("the kernel's command line: {e}")))?;
     let mut params = boot_params {
         hdr: header,
+        acpi_rsdp_addr: ACPI,
         ..Default::default()
     };
     let map = [
-        (0, MP_TABLE, E820_RAM),
-        (MP_TABLE, LOW_END, E820_RESERVED),
+        (0, LOW_END, E820_RAM),
+        (ACPI, ACPI_END, E820_ACPI),
         (HIGH, ram.bytes(), E820_RAM),
     ];
     for (entry, (from, to, kind)) in params.e820_table.iter_mut().zip(map) {
@@ -110,7 +115,7 @@ pub(super) fn load(ram: &Ram, kernel: &Kernel, vcpus: u8) -> Result<u64> {
     let params = BootParams::new(&params, GuestAddress(BOOT_PARAMS));
     LinuxBootConfigurator::write_bootparams(&params, memory)
         .map_err(|e| Error::invalid(format!("the boot parameters: {e}")))?;
-    write(memory, MP_TABLE, &mp_table::build(vcpus))?;
+    write(memory, ACPI, &acpi::build(vcpus))?;
     write_tables(memory)?;
     Ok(loaded.kernel_load.0 + ENTRY_64)
 }
@@ -149,7 +154,6 @@ fn command_line(append: &str) -> Result<Cmdline> {
     let build = || -> linux_loader::cmdline::Result<Cmdline> {
         let mut line = Cmdline::new(COMMAND_LINE_MAX)?;
         line.insert_str(COMMAND_LINE_ALWAYS)?;
-        line.add_virtio_mmio_device(VIRTIO_SIZE, GuestAddress(VIRTIO), VIRTIO_IRQ, None)?;
         if !append.is_empty() {
             line.insert_str(append)?;
         }

@@ -23,6 +23,7 @@
 //! # }
 //! ```
 
+mod acpi;
 mod boot;
 mod cpuid;
 mod devices;
@@ -32,7 +33,6 @@ mod gate;
 mod layout;
 mod machine;
 mod migration;
-mod mp_table;
 mod ram;
 mod state;
 mod vcpu;
