@@ -30,6 +30,7 @@ mod devices;
 mod dirty;
 mod events;
 mod gate;
+mod kernel;
 mod layout;
 mod machine;
 mod migration;
