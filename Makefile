@@ -11,13 +11,13 @@ TOOLBOX := scripts/toolbox run
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Which kernel the VM runs: stock, stock-7.2, fast or debug (scripts/kernel).
+KDP_KERNEL ?= stock
+export KDP_KERNEL
+
 .PHONY: setup
-setup: ## all set-up: toolbox, test kernel, module, tools (each once)
-	@scripts/toolbox setup
-	@scripts/kernel setup fast
-	@scripts/module fast
-	@scripts/tools build
-	@scripts/demo-image
+setup: ## all set-up: toolbox, kernel, module, tools (each once); KDP_KERNEL=stock|stock-7.2|fast|debug
+	@scripts/setup test
 
 .PHONY: modules
 modules: ## the module; against your own kernel with KDIR=/path/to/its/build
@@ -25,41 +25,42 @@ ifdef KDIR
 	@scripts/module kdir "$(KDIR)"
 else
 	@scripts/toolbox setup
-	@scripts/kernel setup fast
-	@scripts/module fast
+	@scripts/kernel setup $(KDP_KERNEL)
+	@scripts/module $(KDP_KERNEL)
 endif
 
 .PHONY: tools
-tools: ## the userspace: kdp, kdp-vmm, kdp-bench, the test programs (build/bin, build/selftests)
+tools: ## the userspace: kdp, kdp-vmm, kdp-bench (build/bin), man pages, completions
 	@scripts/toolbox setup
-	@scripts/kernel setup fast
-	@scripts/tools build
+	@scripts/tools build release
 
 .PHONY: test
 test: setup ## every test; T=PATTERN runs those whose names match (abi-, fault-, notify-, ...)
-	@scripts/test fast $(if $(T),'$(T)')
+	@scripts/test --host $(KDP_KERNEL) $(if $(T),'$(T)')
 
 .PHONY: test-debug
-test-debug: setup ## the selftests on the debug kernel (KASAN, lockdep, kmemleak, ...); takes T, too
-	@scripts/kernel setup debug
-	@scripts/module debug
-	@scripts/test debug $(if $(T),'$(T)')
+test-debug: ## the selftests on the debug kernel (KASAN, lockdep, kmemleak, ...); takes T, too
+	@KDP_KERNEL=debug scripts/setup test
+	@KDP_KERNEL=debug scripts/test debug $(if $(T),'$(T)')
 
 .PHONY: soak
 soak: setup ## the long run: each failure of migrations, and each race, N times (10); takes T, too
 	@scripts/soak $(or $(N),10) $(if $(T),'$(T)')
 
 .PHONY: demo
-demo: setup ## the main job on a real guest: a lazy restore under an unmodified QEMU
+demo: ## the main job on a real guest: a lazy restore under an unmodified QEMU
+	@scripts/setup demo
 	@scripts/demo
 
 .PHONY: bench
-bench: setup ## the benchmark, on both clocks (build/bench/latest.json, report.html); QUICK=1 for 1 vCPU
+bench: ## the benchmark, on both clocks (build/bench/latest.json, report.html); QUICK=1 for 1 vCPU
+	@scripts/setup bench
 	@$(if $(QUICK),true,scripts/demand-paging-test setup)
 	@scripts/bench $(if $(QUICK),--quick)
 
 .PHONY: bench-migration
-bench-migration: setup ## post-copy of a Linux guest beside userfaultfd's (build/bench/migration.json)
+bench-migration: ## post-copy of a Linux guest beside userfaultfd's (build/bench/migration.json)
+	@scripts/setup bench
 	@scripts/bench-migration
 
 .PHONY: shell

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Builds what the demo needs into build/demo: the guest's kernel (the test kernel's own image), its initramfs of one
 # program, another with a load that checks itself, for migration, and the client of the comparison (built with the tools).
-# Runs inside the toolbox. Usage: build.sh KDIR
+# Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE MODULES_DIR
 set -eu
-kdir=${1:?"build.sh needs the test kernel's build folder"}
+kernel=${1:?"build.sh needs the guest's kernel"}
 src=/kdp/src/demo
 out=/kdp/src/build/demo
 
@@ -18,5 +18,5 @@ image() {
 mkdir -p "$out"
 image initrd init.c
 image initrd-load load.c
-cp "$kdir/arch/x86/boot/bzImage" "$out/bzImage"
+cp "$kernel" "$out/bzImage"
 install -t "$out" /kdp/src/build/bin/kdp-demo-fetch

@@ -72,7 +72,7 @@ def prepare(settings):
 def insert_module():
     if Path(f"/sys/module/{MODULE}").exists():
         return
-    ko = ROOT / "build" / "module" / os.environ.get("KDP_KERNEL", "fast") / f"{MODULE}.ko"
+    ko = os.environ["KDP_MODULE"]
     done = subprocess.run(["insmod", ko], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Failure(f"{ko} cannot be inserted: {done.stderr.strip()} (see dmesg)")

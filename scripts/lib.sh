@@ -12,6 +12,9 @@ KDP_BUILD=$KDP_SRC/build
 KDP_CACHE=${KDP_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvm-demand-paging}
 KDP_LOGS=$KDP_CACHE/log
 
+# The kernel of the test VM (scripts/kernel has the kinds).
+export KDP_KERNEL=${KDP_KERNEL:-stock}
+
 # Where the same folders are inside the toolbox and inside the test VM: no path of this machine reaches a
 # build, so results are the same everywhere.
 # shellcheck disable=SC2034  # used by whoever sources this
@@ -31,6 +34,28 @@ elapsed() {
 	if (($1 < 60)); then printf '%ds' "$1"; else printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); fi
 }
 
+# Whether a line of standard output can be drawn anew: not where two steps run at once.
+is_terminal() { [ -t 1 ] && [ -z "${KDP_BESIDE:-}" ]; }
+
+# beside COMMAND COMMAND: run two functions at once, each a series of steps. When one fails, the other is ended.
+beside() {
+	local rc=0 pids=()
+	export KDP_BESIDE=yes
+	"$1" &
+	pids+=($!)
+	"$2" &
+	pids+=($!)
+	# shellcheck disable=SC2064  # the pids of now are meant
+	trap "kill ${pids[*]} 2>/dev/null; exit 130" INT TERM
+	wait -n || rc=$?
+	((rc == 0)) || kill "${pids[@]}" 2>/dev/null || true
+	wait "${pids[0]}" || rc=$?
+	wait "${pids[1]}" || rc=$?
+	trap - INT TERM
+	unset KDP_BESIDE
+	return "$rc"
+}
+
 # step NAME TEXT COMMAND...: run COMMAND with its output in a log; show one line with the time that passed.
 # A failure names the step, shows the end of the log and says where the log is.
 step() {
@@ -43,10 +68,10 @@ step() {
 	pid=$!
 	# shellcheck disable=SC2064  # the pid of now is meant
 	trap "kill $pid 2>/dev/null; exit 130" INT TERM
-	[ -t 1 ] || say "[ .... ] $text"
+	is_terminal || say "[ .... ] $text"
 	while kill -0 "$pid" 2>/dev/null; do
 		now=$((SECONDS - start))
-		if [ -t 1 ]; then
+		if is_terminal; then
 			printf '\r\033[K[ %4s ] %s' "$(elapsed $now)" "$text"
 		elif ((now > 0 && now % 60 == 0)); then
 			say "[ $(elapsed $now) ] $text: $(tail -n 1 "$log" | tr -d '\r' | cut -c 1-100)"
@@ -57,16 +82,27 @@ step() {
 	trap - INT TERM
 	now=$(elapsed $((SECONDS - start)))
 	if ((rc == 0)); then
-		[ -t 1 ] && printf '\r\033[K'
+		is_terminal && printf '\r\033[K'
 		say "[ done ] $text ($now)"
 		return 0
 	fi
-	[ -t 1 ] && printf '\r\033[K'
+	is_terminal && printf '\r\033[K'
 	say "[ FAIL ] $text ($now)"
 	warn "The step '$name' failed with status $rc. The end of its log:"
 	tail -n 25 "$log" | sed 's/^/    /' >&2
 	warn "The whole log: $log"
 	return "$rc"
+}
+
+# name_matches NAME PATTERN...: whether a test's name matches a pattern: a shell glob, or how a name begins.
+name_matches() {
+	local name=$1 pattern
+	shift
+	for pattern; do
+		# shellcheck disable=SC2053  # the right side is a glob
+		[[ $name != $pattern && $name != "$pattern"* ]] || return 0
+	done
+	return 1
 }
 
 # hash_of FILE-OR-STRING...: a short name for the contents that a cached thing was made from.

@@ -11,7 +11,7 @@ tell() { echo "<6>vm-init: $*" >/dev/kmsg; }
 . /mnt/settings
 # Set there, and by the kernel from virtme-ng's part of its command line.
 # shellcheck disable=SC2154
-: "$msize" "$shell" "$module" "$leak_scan" "$dmesg" "$cpus" "${virtme_console=}" "${virtme_stty_con=}"
+: "$msize" "$shell" "$module" "$guard" "$leak_scan" "$dmesg" "$cpus" "${virtme_console=}" "${virtme_stty_con=}"
 
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -45,16 +45,17 @@ done
 for m in kvm_amd kvm_intel; do
 	modprobe $m 2>/dev/null && break
 done
+# What tests use and other kernels have built in: a kernel without one skips its tests.
+for m in hwpoison_inject mce-inject tun vhost_net; do modprobe $m 2>/dev/null; done
 [ -e /dev/kvm ] || tell "there is no /dev/kvm: the VM's CPU offers no virtualization"
 
 # Where nothing is emulated, or the VM has one CPU, there is nothing to guard.
-guard=${module%/*}/guard/kdp_emulator_guard.ko
 if grep -q 'QEMU TCG' /proc/cpuinfo && [ "$(nproc)" -gt 1 ] && [ -e "$guard" ]; then
 	insmod "$guard" || tell "the guard against the emulator's lost interrupts cannot be loaded"
 fi
 
 jiffies() { awk '/^jiffies:/ { print $2; exit }' /proc/timer_list; }
-export KDP_KERNEL
+export KDP_KERNEL KDP_MODULE="$module"
 cd /kdp/src || poweroff -f
 
 if [ "$shell" = yes ]; then

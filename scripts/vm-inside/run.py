@@ -29,6 +29,8 @@ MONITOR = f"{HANDOVER}/qmp"
 # virtme-ng's own init, in whose place ours is mounted.
 VIRTME_INIT = "/usr/lib/python3/dist-packages/virtme/guest/virtme-init"
 MODULE = f"{SRC}/build/module/{{}}/kvm_demand_paging.ko"
+# What an emulated VM needs.
+GUARD = f"{SRC}/build/module/{{}}/guard/kdp_emulator_guard.ko"
 
 # Complaints that are shown; the log has all of them.
 MOST_REPORTS = 8
@@ -76,8 +78,11 @@ def die(text):
 def parse(argv):
     p = argparse.ArgumentParser(prog="vm", allow_abbrev=False, add_help=False)
     p.add_argument("action", choices=["run", "shell"])
-    p.add_argument("--kdir", required=True)
-    p.add_argument("--kernel", default="fast", choices=["fast", "debug"])
+    p.add_argument("--kernel", required=True)
+    p.add_argument("--kernel-image", required=True)
+    p.add_argument("--kernel-modules", required=True)
+    p.add_argument("--kernel-initrd", required=True)
+    p.add_argument("--module")
     p.add_argument("--memory", default="4G")
     p.add_argument("--cpus", type=int, default=2)
     p.add_argument("--nodes", type=int, default=1)
@@ -126,16 +131,16 @@ def mount(*args):
 
 def prepare(args):
     """Lays out what the VM finds on its root. All of it is gone with our mount namespace but the kernel's log."""
-    modules = f"{args.kdir}/install/lib/modules"
     os.makedirs("/lib/modules", exist_ok=True)
-    mount("--bind", modules, "/lib/modules")
+    mount("--bind", os.path.dirname(args.kernel_modules), "/lib/modules")
     mount("--bind", f"{HERE}/init.sh", VIRTME_INIT)
     mount("-t", "tmpfs", "tmpfs", str(HANDOVER))
     settings = {
         "KDP_KERNEL": args.kernel,
         "shell": "yes" if args.action == "shell" else "no",
         "msize": MSIZE,
-        "module": MODULE.format(args.kernel),
+        "module": f"{SRC}/{args.module}" if args.module else MODULE.format(args.kernel),
+        "guard": GUARD.format(args.kernel),
         "leak_scan": "yes" if args.kernel == "debug" else "no",
         "dmesg": dmesg_path().relative_to(SRC),
         "cpus": f"{args.spare}-{args.spare + args.cpus - 1}",
@@ -147,7 +152,7 @@ def prepare(args):
     (HANDOVER / "command").write_text(f"exec {shlex.join(args.command)}\n", encoding="utf-8")
 
 
-def host_runs_kernels(kdir):
+def host_runs_kernels(image):
     """Whether KVM here can run the test kernel, with virtualization for the guests inside it.
 
     /dev/kvm may exist where no kernel boots under it, so the kernel is booted, up to its init. The answer holds
@@ -156,7 +161,7 @@ def host_runs_kernels(kdir):
     if not os.path.exists("/dev/kvm"):
         return False
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    cache = Path(f"{CACHE}/vm-kvm-{os.path.basename(kdir)}")
+    cache = Path(f"{CACHE}/vm-kvm-{Path(image).stat().st_ino}")
     if cache.exists():
         known, _, answer = cache.read_text(encoding="utf-8").strip().rpartition(" ")
         if known == boot:
@@ -177,7 +182,7 @@ def host_runs_kernels(kdir):
         try:
             out = subprocess.run(
                 ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512M", "-nodefaults", "-display", "none"]
-                + ["-no-reboot", "-serial", "stdio", "-kernel", f"{kdir}/arch/x86/boot/bzImage", "-initrd", initrd]
+                + ["-no-reboot", "-serial", "stdio", "-kernel", image, "-initrd", initrd]
                 + ["-append", "console=ttyS0 panic=-1"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -250,10 +255,12 @@ def virtme_args(args, kvm, stderr_fd):
     qemu += ["-fsdev", f"local,id=kdpsrc,path={SRC},security_model=none,multidevs=remap"]
     qemu += ["-device", "virtio-9p-pci,fsdev=kdpsrc,mount_tag=kdp.src", "-no-reboot"]
     qemu += nodes(args)
+    if args.kernel_initrd:
+        qemu += ["-initrd", args.kernel_initrd]
     if args.plugin:
         qemu += ["-plugin", f"{SRC}/{args.plugin}"]
 
-    out = ["virtme-run", "--kimg", f"{args.kdir}/arch/x86/boot/bzImage", "--mods", "none", "--force-9p"]
+    out = ["virtme-run", "--kimg", args.kernel_image, "--mods", "none", "--force-9p"]
     out += ["--disable-microvm", "--memory", args.memory, "--cpus", str(args.spare + args.cpus)]
     if not kvm:
         out += ["--disable-kvm"]
@@ -440,7 +447,7 @@ def main():
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGHUP, interrupted)
-    kvm = not args.icount and host_runs_kernels(args.kdir)
+    kvm = not args.icount and host_runs_kernels(args.kernel_image)
     # No program runs on the first CPU of several that are emulated. Every FXRSTOR or XRSTOR, on whichever CPU, changes a
     # flag of the first one's, not atomically (QEMU's cpu_set_fpus(), cpu_clear_ignne()). When VMRUN or #VMEXIT changes
     # that word at the same moment, a flag of those is lost: nested paging stays on in the host, or interrupts come that are

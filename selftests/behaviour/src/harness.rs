@@ -18,9 +18,14 @@ pub struct Test {
     pub run: fn() -> Result,
 }
 
-/// How long a test may take. Five times what the longest takes on an idle machine: this one may have neighbours.
+/// How long a test may take: five times what the longest takes on an idle machine.
 const LIMIT: Duration = Duration::from_secs(120);
 const DEBUG_KERNEL_LIMIT: Duration = Duration::from_secs(480);
+
+/// A test that still makes progress is slow for what runs beside it, and has this many limits. Progress is CPU time: a
+/// hundredth of a limit in each limit, or more.
+const LIMITS_WITH_PROGRESS: u32 = 3;
+const PROGRESS_PERCENT: u32 = 1;
 
 const STATUS_SKIP: i32 = 4;
 
@@ -132,7 +137,7 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
     // SAFETY: the child was not waited for. It does the same; who comes first does not matter.
     unsafe { libc::setpgid(child.pid(), child.pid()) };
 
-    let deadline = Instant::now() + limit();
+    let mut deadline = Deadline::new(&child);
     let mut bytes = Vec::new();
     let mut stuck = None;
     let mut lost = None;
@@ -141,7 +146,7 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
         drain(&out, &mut bytes, Duration::from_millis(5))?;
         match child.wait(Duration::ZERO) {
             Ok(ended) => break Some(ended),
-            Err(_) if Instant::now() < deadline => {
+            Err(_) if !deadline.is_over(&child) => {
                 if Instant::now() > next_look {
                     lost = emulator::lost_guest().or_else(|| {
                         // The test may not have noticed: it waits for another VMM, say.
@@ -180,7 +185,7 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
     Ok(match (stuck, ended) {
         (Some(threads), ended) => Outcome::Failed(format!(
             "it did not end within {:?}{}; its threads were:\n{threads}",
-            limit(),
+            deadline.start.elapsed(),
             if ended.is_none() {
                 ", and could not be killed"
             } else {
@@ -199,6 +204,42 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
         }
         (None, None) => Outcome::Failed("it could not be waited for".to_owned()),
     })
+}
+
+/// When a test has had its time.
+struct Deadline {
+    start: Instant,
+    next: Instant,
+    cpu_time: Duration,
+}
+
+impl Deadline {
+    fn new(child: &sys::Child) -> Self {
+        let start = Instant::now();
+        Self {
+            start,
+            next: start + limit(),
+            cpu_time: stuck::cpu_time_of_group(child.pid()),
+        }
+    }
+
+    fn is_over(&mut self, child: &sys::Child) -> bool {
+        let now = Instant::now();
+        if now < self.next {
+            return false;
+        }
+        let cpu_time = stuck::cpu_time_of_group(child.pid());
+        // Who has ended takes its time along: that is progress.
+        let progress = cpu_time.abs_diff(self.cpu_time);
+        if progress < limit() * PROGRESS_PERCENT / 100
+            || now >= self.start + limit() * LIMITS_WITH_PROGRESS
+        {
+            return true;
+        }
+        self.next = now + limit();
+        self.cpu_time = cpu_time;
+        false
+    }
 }
 
 /// The test's own process.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What threads do that do not go on: for whoever has to find out why a test hangs.
+//! Whether processes make progress, and what threads do that make none.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +20,46 @@ fn read(path: impl AsRef<std::path::Path>) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
+/// The words of a `stat` file behind the name in brackets (proc_pid_stat(5)).
+struct Stat(Vec<String>);
+
+const STATE: usize = 0;
+const PGRP: usize = 2;
+const UTIME: usize = 11;
+const STIME: usize = 12;
+
+impl Stat {
+    /// That of a process or thread, by its folder.
+    fn of(folder: &Path) -> Self {
+        let stat = read(folder.join("stat"));
+        let rest = stat.rsplit(')').next().unwrap_or_default();
+        Self(rest.split_whitespace().map(str::to_owned).collect())
+    }
+
+    fn word(&self, n: usize) -> &str {
+        self.0.get(n).map_or("?", String::as_str)
+    }
+
+    fn number(&self, n: usize) -> u64 {
+        self.word(n).parse().unwrap_or(0)
+    }
+}
+
+/// The CPU time that the living processes of a process group have used.
+pub fn cpu_time_of_group(group: libc::pid_t) -> Duration {
+    // SAFETY: it takes no pointer.
+    let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    let ticks: u64 = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|process| Stat::of(&process.path()))
+        .filter(|stat| stat.word(PGRP) == group.to_string())
+        .map(|stat| stat.number(UTIME) + stat.number(STIME))
+        .sum();
+    Duration::from_millis(ticks * 1000 / u64::try_from(ticks_per_second).unwrap_or(100).max(1))
+}
+
 /// Where the threads of a process are, and how many clock ticks each has used, in user mode and in the kernel.
 pub fn threads_of(pid: impl std::fmt::Display) -> String {
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));
@@ -31,20 +72,14 @@ pub fn threads_of(pid: impl std::fmt::Display) -> String {
             .take(8)
             .filter_map(|line| line.split_whitespace().nth(1))
             .collect();
-        // What is behind the name in brackets: the state is word 0, utime and stime are 11 and 12 (proc_pid_stat(5)).
-        let stat = read(at.join("stat"));
-        let words: Vec<&str> = stat
-            .rsplit(')')
-            .next()
-            .map_or_else(Vec::new, |rest| rest.split_whitespace().collect());
-        let word = |n: usize| words.get(n).copied().unwrap_or("?");
+        let stat = Stat::of(&at);
         lines.push(format!(
             "  {} {} {} {}+{} ticks: {}",
             task.file_name().to_string_lossy(),
             read(at.join("comm")).trim(),
-            word(0),
-            word(11),
-            word(12),
+            stat.word(STATE),
+            stat.word(UTIME),
+            stat.word(STIME),
             frames.join(" < "),
         ));
     }

@@ -1,0 +1,16 @@
+#!/bin/busybox sh
+# /init of the test VM where the kernel has 9p as a module: mounts the VM's root, and goes on with its init. The
+# command line names both, as for a kernel that does this itself (rootflags=, init=).
+export PATH=/bin
+busybox mount -t proc proc /proc
+for arg in $(busybox cat /proc/cmdline); do
+	case $arg in
+	rootflags=*) flags=${arg#rootflags=} ;;
+	init=*) init=${arg#init=} ;;
+	esac
+done
+for module in /modules/*; do busybox insmod "$module"; done
+busybox mount -t 9p -o "ro,$flags" /dev/root /root || busybox poweroff -f
+busybox mount -t devtmpfs dev /root/dev
+busybox umount /proc
+exec busybox switch_root /root "$init"
