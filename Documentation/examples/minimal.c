@@ -7,7 +7,7 @@
  * What its vCPU touches comes back from KVM_RUN; what anybody else touches
  * comes as an event.
  *
- * Build: clang -O2 -Wall -pthread -I include/uapi -o DIR/minimal minimal.c
+ * Build: gcc -O2 -Wall -pthread -I include/uapi -o DIR/minimal minimal.c
  * Run, as root: DIR/minimal, or DIR/minimal hugetlb (one free 2 MiB page)
  */
 #define _GNU_SOURCE
