@@ -11,6 +11,7 @@
 //! 512 times. As long as it is pinned once it is not split.
 
 use crate::{
+    compat::ehwpoison,
     account::Account,
     ffi::{
         memfd::{
@@ -33,7 +34,6 @@ use crate::{
     }, //
 };
 use kernel::{
-    error::code::EHWPOISON,
     page::PAGE_SHIFT,
     prelude::*, //
 };
@@ -169,7 +169,7 @@ impl Backing {
     /// The frame of a page; pins its folio if that has not happened yet. ENOMEM if there is no memory
     /// for it, or the limit is reached; EHWPOISON if it had a memory error before and is not poisoned: then
     /// [`Memslot::examine`](crate::memslot::Memslot::examine) is to be called first;
-    /// [`ON_ITS_WAY`](crate::moving::ON_ITS_WAY) while it is being moved.
+    /// [`on_its_way()`](crate::moving::on_its_way) while it is being moved.
     #[inline(always)]
     pub(crate) fn frame<'a>(&self, pages: &'a Pages, page: u64) -> Result<Pfn<'a>> {
         let (leaf, at, into) = self.locate(page);
@@ -224,7 +224,7 @@ impl Backing {
         if pages.poison.any_bad(first, 1 << self.order()) {
             Ok(())
         } else {
-            Err(EHWPOISON)
+            Err(ehwpoison())
         }
     }
 

@@ -13,6 +13,7 @@
 //! two.
 
 use crate::{
+    compat::ehwpoison,
     ffi::{
         task::{
             current_reader,
@@ -53,7 +54,6 @@ use crate::{
 };
 use kernel::{
     cpu::nr_cpu_ids,
-    error::code::EHWPOISON,
     fs::File,
     new_mutex,
     prelude::*,
@@ -488,7 +488,7 @@ fn describe_notice(notice: &Notice) -> kdp_event {
         What::SourceError { thread, error } => {
             (KDP_EVENT_SOURCE_ERROR, thread.number_here(), *error)
         }
-        What::MemoryError => (KDP_EVENT_POISONED, 0, EHWPOISON),
+        What::MemoryError => (KDP_EVENT_POISONED, 0, ehwpoison()),
     };
     kdp_event {
         type_,

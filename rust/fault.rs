@@ -8,6 +8,7 @@
 //! fault retried.
 
 use crate::{
+    compat::ehwpoison,
     ahead,
     around,
     collapse,
@@ -27,7 +28,7 @@ use crate::{
     },
     lost,
     memslot::Memslot,
-    moving::ON_ITS_WAY,
+    moving::on_its_way,
     pages::Pages,
     rules::{
         queue::EnterError,
@@ -48,7 +49,6 @@ use crate::{
 };
 use kernel::{
     bindings::vm_flags_t,
-    error::code::EHWPOISON,
     mm::{
         virt::flags,
         Mm, //
@@ -433,9 +433,9 @@ fn fail(slot: &Memslot) -> Outcome {
 #[cold]
 #[inline(never)]
 fn unpinned(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64, error: Error) -> Outcome {
-    if error == EHWPOISON {
+    if error == ehwpoison() {
         examine(slot, fault, page)
-    } else if error == ON_ITS_WAY {
+    } else if error == on_its_way() {
         await_move(slot, fault)
     } else {
         cannot_pin(&slot, &fault, page)

@@ -7,6 +7,7 @@
 //! after a descriptor is installed.
 
 use crate::{
+    compat::eopnotsupp,
     backing::Backing,
     ffi::{
         bounce::Bounce,
@@ -145,7 +146,7 @@ fn reserve(file: RawFile) -> Result<(FileDescriptorReservation, RawFile)> {
 /// Refuses flags that are not among `known`, and reserved fields that are not zero.
 fn check_unknown(flags: u32, known: u32, reserved: u32) -> Result {
     if flags & !known != 0 || reserved != 0 {
-        return Err(EOPNOTSUPP);
+        return Err(eopnotsupp());
     }
     Ok(())
 }
@@ -275,7 +276,7 @@ fn paging(vm: ArcBorrow<'_, Vm>, arg: &kdp_paging) -> Result {
         KDP_PAGING_OFF => Mode::Off,
         KDP_PAGING_ON => Mode::On { default: false },
         KDP_PAGING_ON_PRESENT => Mode::On { default: true },
-        _ => return Err(EOPNOTSUPP),
+        _ => return Err(eopnotsupp()),
     };
     vm.slot(arg.slot_id)?.set_paging(mode)
 }
@@ -288,7 +289,7 @@ fn mark(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_mark) -> Result {
         KDP_STATE_ABSENT => State::Absent,
         KDP_STATE_PRESENT => State::Present,
         KDP_STATE_ZERO => State::Zero,
-        _ => return Err(EOPNOTSUPP),
+        _ => return Err(eopnotsupp()),
     };
     let memslot = vm.slot(arg.slot_id)?;
     let mut progress = Progress::default();
@@ -403,7 +404,7 @@ fn poison(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_poison) -> Result {
         KDP_CAUSE_EMULATED if !heals => Some(Cause::Emulated),
         KDP_CAUSE_INHERITED if !heals => Some(Cause::Inherited),
         0..=KDP_CAUSE_INHERITED => return Err(EINVAL),
-        _ => return Err(EOPNOTSUPP),
+        _ => return Err(eopnotsupp()),
     };
     let memslot = vm.slot(arg.slot_id)?;
     let mut progress = Progress::default();
@@ -569,7 +570,7 @@ fn vcpu_exits(vm: ArcBorrow<'_, Vm>, arg: &kdp_vcpu_exits) -> Result {
     let on = match arg.mode {
         KDP_EXITS_OFF => false,
         KDP_EXITS_ON => true,
-        _ => return Err(EOPNOTSUPP),
+        _ => return Err(eopnotsupp()),
     };
     vm.threads().lock().set_current(vm.serial(), on)
 }

@@ -17,6 +17,7 @@ mod around;
 mod backing;
 mod claims;
 mod collapse;
+mod compat;
 mod device;
 mod events;
 mod fault;
@@ -61,12 +62,14 @@ module! {
 
 /// Longest time that a thread looks out for its page, or for an event, before it sleeps.
 fn max_poll_ns() -> u64 {
-    u64::from(module_parameters::wait_poll_us.value()) * 1000
+    u64::from(compat::parameter(module_parameters::wait_poll_us.value())) * 1000
 }
 
 /// The pages of the window that a fault maps.
 fn fault_around_pages() -> u64 {
-    u64::from(module_parameters::fault_around_pages.value())
+    u64::from(compat::parameter(
+        module_parameters::fault_around_pages.value(),
+    ))
 }
 
 /// The loaded module. The device goes first: it is what brings users in.
@@ -92,7 +95,7 @@ impl InPlaceModule for KvmDemandPaging {
         let kvm = unsafe { ffi::tracepoint::Watch::new() };
         try_pin_init!(Self {
             _: {
-                if !rules::around::is_size(module_parameters::fault_around_pages.value()) {
+                if !rules::around::is_size(compat::parameter(module_parameters::fault_around_pages.value())) {
                     return Err(EINVAL);
                 }
             },

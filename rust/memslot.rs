@@ -53,7 +53,7 @@ use crate::{
         LostMapping, //
     },
     memory_error::Listed,
-    moving::ON_ITS_WAY,
+    moving::on_its_way,
     pages::{
         Mode,
         Pages,
@@ -558,7 +558,7 @@ impl Memslot {
                 self.void_claims(&self.pages.read(), whole);
             }
             match fill.then(|| self.fill_all_zero()) {
-                Some(Err(e)) if e == ON_ITS_WAY => (),
+                Some(Err(e)) if e == on_its_way() => (),
                 Some(Err(e)) => return Err(e),
                 None | Some(Ok(())) => break changes,
             }

@@ -6,6 +6,7 @@
 //! memslot has no pin for it among its [`Pins`](crate::ffi::memfd::Pins). So faults of other pages do not pay for it.
 
 use crate::{
+    compat::estale,
     ffi::{
         memfd::{
             Pfn,
@@ -33,7 +34,9 @@ use kernel::{
 };
 
 /// What [`Moving::frame`] says of a page that is on its way.
-pub(crate) const ON_ITS_WAY: Error = ESTALE;
+pub(crate) fn on_its_way() -> Error {
+    estale()
+}
 
 /// A huge page that is being moved, for all memslots that have it.
 #[pin_data]
@@ -115,13 +118,13 @@ impl Moving {
         (self.range.first()..=self.range.last()).contains(&page)
     }
 
-    /// The frame of a page of it, or [`ON_ITS_WAY`].
+    /// The frame of a page of it, or [`on_its_way()`].
     pub(crate) fn frame(&self, page: u64) -> Result<Pfn<'_>> {
         let into = page - self.range.first();
         match self.cursor.home(into) {
             Home::Old => Ok(self.between.bad.frame().add(into)),
             Home::Fresh => Ok(self.between.fresh.frame().add(into)),
-            Home::Neither => Err(ON_ITS_WAY),
+            Home::Neither => Err(on_its_way()),
         }
     }
 

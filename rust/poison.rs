@@ -9,6 +9,7 @@
 //! Poison is beside a page's other state, which goes on to change, and counts again when the page is healed.
 
 use crate::{
+    compat::ehwpoison,
     ffi::tree::Tree,
     rules::{
         poison::{
@@ -26,7 +27,6 @@ use crate::{
     }, //
 };
 use kernel::{
-    error::code::EHWPOISON,
     prelude::*, //
 };
 
@@ -118,7 +118,7 @@ impl Poison {
     /// Whether all pages of a range may be healed: EHWPOISON if the frame of one is bad.
     pub(crate) fn check_heal(&self, range: PageRange) -> Result {
         if self.any_bad(range.first(), range.count()) {
-            Err(EHWPOISON)
+            Err(ehwpoison())
         } else {
             Ok(())
         }

@@ -25,7 +25,7 @@ use crate::{
         trace, //
     },
     memslot::Memslot,
-    moving::ON_ITS_WAY,
+    moving::on_its_way,
     pages::Pages,
     rules::{
         bits::ones,
@@ -236,7 +236,7 @@ impl Source {
             }
             Ok(_) => Ok(()),
             // The retry sees to it.
-            Err(Unfilled::Unpinned(e)) if e == ON_ITS_WAY => Ok(()),
+            Err(Unfilled::Unpinned(e)) if e == on_its_way() => Ok(()),
             Err(Unfilled::Unpinned(_)) => Err(ENOMEM),
             Err(Unfilled::Unread(e)) => Err(e),
         }

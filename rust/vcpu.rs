@@ -3,6 +3,7 @@
 //! The threads that have fault exits on, and the rule for when a fault is theirs.
 
 use crate::{
+    compat::eopnotsupp,
     ffi::{
         kvm,
         tracepoint,
@@ -40,7 +41,7 @@ impl Threads {
     /// Switches exits of the current thread on or off; the errors are those of KDP_VCPU_EXITS.
     pub(crate) fn set_current(&mut self, vm: u64, on: bool) -> Result {
         if on && !tracepoint::available() {
-            return Err(EOPNOTSUPP);
+            return Err(eopnotsupp());
         }
         match (kvm::with_current(|thread| thread.vm()), on) {
             (Some(other), _) if other != vm => Err(EBUSY),

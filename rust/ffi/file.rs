@@ -108,7 +108,7 @@ impl<F: FileOps, D> Fops<F, D> {
         open: Option<unsafe extern "C" fn(*mut bindings::inode, *mut bindings::file) -> c_int>,
     ) -> bindings::file_operations {
         bindings::file_operations {
-            owner: kernel::module::this_module::<crate::LocalModule>().as_ptr(),
+            owner: &raw mut c::__this_module,
             open,
             release: Some(Self::release),
             flush: Some(Self::flush),

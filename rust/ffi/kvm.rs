@@ -23,6 +23,7 @@ use core::{
     }, //
 };
 use kernel::{
+    bindings,
     prelude::*,
     sync::rcu,
     types::{
@@ -242,12 +243,18 @@ impl Drop for Registered {
     fn drop(&mut self) {
         if self.linked {
             self.unlink();
-            rcu::synchronize_rcu();
+            synchronize_rcu();
         }
         // SAFETY: The box is owned, and nobody who found it in the table uses it any more (type
         // invariant).
         drop(unsafe { KBox::from_raw(self.thread.as_ptr()) });
     }
+}
+
+/// Waits for one grace period of RCU.
+fn synchronize_rcu() {
+    // SAFETY: Always safe to call where sleeping is allowed.
+    unsafe { bindings::synchronize_rcu() };
 }
 
 /// Drops those threads for which `which` holds, after one grace period for all.
@@ -260,7 +267,7 @@ pub(crate) fn remove(threads: &mut KVec<Registered>, which: impl Fn(&Thread) -> 
         }
     }
     if any {
-        rcu::synchronize_rcu();
+        synchronize_rcu();
         threads.retain(|registered| registered.linked);
     }
 }

@@ -8,6 +8,7 @@
 //! Lock order: `tracepoint_module_list_mutex` (held by the kernel when it calls the notifier), then
 //! [`STATE`], then `tracepoints_mutex` (in `tracepoint_probe_register()`).
 
+use crate::compat::eopnotsupp;
 use super::{
     c,
     kvm, //
@@ -76,7 +77,7 @@ kernel::sync::global_lock! {
 
 impl Site {
     fn register(&mut self) -> Result {
-        let point = self.point.ok_or(EOPNOTSUPP)?;
+        let point = self.point.ok_or_else(eopnotsupp)?;
         if !self.probed {
             // SAFETY: The tracepoint is valid as long as it is in `point`; the probe has the
             // prototype of the tracepoint of this name (rust/probes.c).
@@ -164,7 +165,7 @@ impl User {
         if state.users == 0 {
             state.register()?;
         } else if !state.sites.iter().all(|s| s.probed) {
-            return Err(EOPNOTSUPP);
+            return Err(eopnotsupp());
         }
         state.users += 1;
         // INVARIANT: Just counted.

@@ -4,12 +4,12 @@
 
 use super::Memslot;
 use crate::{
-    moving::ON_ITS_WAY,
+    compat::ehwpoison,
+    moving::on_its_way,
     pages::Mode,
     rules::touch::State, //
 };
 use kernel::{
-    error::code::EHWPOISON,
     page::Page,
     prelude::*,
     sync::Arc, //
@@ -34,8 +34,8 @@ impl Memslot {
     pub(crate) fn place(self: &Arc<Self>, page: u64, bytes: &Page) -> Result<Placed> {
         loop {
             match self.try_place(page, bytes) {
-                Err(e) if e == ON_ITS_WAY => self.wait_for_move(),
-                Err(e) if e == EHWPOISON => self.examine(page)?,
+                Err(e) if e == on_its_way() => self.wait_for_move(),
+                Err(e) if e == ehwpoison() => self.examine(page)?,
                 other => return other,
             }
         }
