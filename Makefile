@@ -9,7 +9,7 @@ TOOLBOX := scripts/toolbox run
 
 .PHONY: help
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Which kernel the VM runs: stock, stock-7.2, fast or debug (scripts/kernel).
 KDP_KERNEL ?= stock
@@ -37,6 +37,19 @@ tools: ## the userspace: kdp, kdp-vmm, kdp-bench (build/bin), man pages, complet
 .PHONY: test
 test: setup ## every test; T=PATTERN runs those whose names match (abi-, fault-, notify-, ...)
 	@scripts/test --host $(KDP_KERNEL) $(if $(T),'$(T)')
+
+# What differs between kernels: the ABI's edges, faults, vCPUs and KVM's tracepoints, huge mappings, memory errors, and
+# a Linux guest under QEMU.
+SUBSET := abi- fault- vcpu- huge- poison- demo-resume-unmodified-qemu
+
+.PHONY: test-7.2
+test-7.2: ## a subset of the selftests on Debian's own kernel 7.2
+	@KDP_KERNEL=stock-7.2 scripts/setup test
+	@KDP_KERNEL=stock-7.2 scripts/test stock-7.2 $(SUBSET)
+
+.PHONY: test-packages
+test-packages: ## build the Debian packages, install them in a clean root, boot what DKMS built
+	@scripts/test-packages
 
 .PHONY: test-debug
 test-debug: ## the selftests on the debug kernel (KASAN, lockdep, kmemleak, ...); takes T, too

@@ -1,22 +1,90 @@
-#!/bin/sh
-# Builds what the demo needs into build/demo: the guest's kernel (the test kernel's own image), its initramfs of one
-# program, another with a load that checks itself, for migration, and the client of the comparison (built with the tools).
-# Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE MODULES_DIR
-set -eu
-kernel=${1:?"build.sh needs the guest's kernel"}
+#!/usr/bin/env bash
+# Builds what the demo and the tests of Linux guests need into build/demo:
+#
+#   bzImage         the guest's kernel, as it was given
+#   vmlinux         the same kernel, decompressed: a guest starts sooner with it
+#   kernel          what QEMU boots: vmlinux if it has a PVH entry, otherwise bzImage
+#   initrd          an initramfs of one program, for the demo
+#   initrd-load     an initramfs of a load that checks itself, with the drivers that are modules
+#   kdp-demo-fetch  the client of the comparison (built with the tools)
+#
+# Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE [MODULES_DIR]
+# KERNEL_IMAGE is a bzImage. MODULES_DIR is the kernel's /lib/modules/RELEASE; without it, the
+# kernel must have all drivers built in.
+set -euo pipefail
+kernel=${1:?"build.sh needs a kernel image: build.sh KERNEL_IMAGE [MODULES_DIR]"}
+modules=${2:-}
 src=/kdp/src/demo
 out=/kdp/src/build/demo
+# What the load's guest has beside its serial port.
+drivers="virtio_mmio virtio_balloon"
 
-# image INITRD PROGRAM: an initramfs whose init is that program.
+die() {
+	echo "build.sh: $*" >&2
+	exit 1
+}
+
+# pattern NAME: the names that a module's file may have: - and _ are the same.
+pattern() { echo "${1//[-_]/[-_]}"; }
+
+# files_of NAME: print the file of a module after the files of the modules that it depends on.
+# A module that is built in has no file.
+files_of() {
+	local file dependency
+	file=$(find "$modules/kernel" -name "$(pattern "$1").ko" -o -name "$(pattern "$1").ko.*")
+	if [ -z "$file" ]; then
+		grep -q "/$(pattern "$1")\.ko$" "$modules/modules.builtin" && return
+		die "$modules has no module '$1', and the kernel does not have it built in"
+	fi
+	for dependency in $(modinfo -F depends "$file" | tr , ' '); do
+		files_of "$dependency"
+	done
+	echo "$file"
+}
+
+# add_modules FOLDER: decompress the drivers into the folder. Their names begin with numbers, in the
+# order in which the guest must insert them.
+add_modules() {
+	local files file name n=10
+	files=
+	for name in $drivers; do
+		files="$files $(files_of "$name")" || exit
+	done
+	mkdir -p "$1"
+	for file in $(echo "$files" | tr -s ' ' '\n' | awk 'NF && !seen[$0]++'); do
+		name=${file##*/}
+		name=$1/$n-${name%%.ko*}.ko
+		case $file in
+		*.ko) cp "$file" "$name" ;;
+		*.ko.xz) xz -dc "$file" >"$name" ;;
+		*.ko.zst) zstd -dcq "$file" >"$name" ;;
+		*.ko.gz) gzip -dc "$file" >"$name" ;;
+		*) die "$file: unknown compression" ;;
+		esac
+		n=$((n + 1))
+	done
+}
+
+# image INITRD PROGRAM: make an initramfs of what is in build/demo/root, with PROGRAM as its init.
 image() {
-	mkdir -p "$out/root"
-	gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -static -s -o "$out/root/init" "$src/guest/$2"
-	(cd "$out/root" && echo init | cpio -o -H newc --quiet) >"$out/initrd.part"
+	gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -static -s \
+		-o "$out/root/init" "$src/guest/$2"
+	(cd "$out/root" && find . -mindepth 1 | sort | cpio -o -H newc --quiet) >"$out/initrd.part"
 	mv "$out/initrd.part" "$out/$1"
 }
 
-mkdir -p "$out"
+[ -f "$kernel" ] || die "there is no kernel image '$kernel'"
+rm -rf "$out/root"
+mkdir -p "$out/root"
 image initrd init.c
+if [ -n "$modules" ]; then
+	[ -d "$modules/kernel" ] || die "'$modules' is no /lib/modules/RELEASE: it has no 'kernel'"
+	add_modules "$out/root/modules"
+fi
 image initrd-load load.c
 cp "$kernel" "$out/bzImage"
+kind=$("$src/kernel.py" "$kernel" "$out/vmlinux.part")
+mv "$out/vmlinux.part" "$out/vmlinux"
+if [ "$kind" = pvh ]; then best=vmlinux; else best=bzImage; fi
+ln -f "$out/$best" "$out/kernel"
 install -t "$out" /kdp/src/build/bin/kdp-demo-fetch

@@ -21,8 +21,8 @@ def parse():
     p.add_argument("--cold", type=int, default=96, metavar="MIB", help="data in it that it does not use (96)")
     p.add_argument("--json", metavar="FILE", default=steps.BUILT / "latest.json", help="where all figures are written")
     args = p.parse_args()
-    if args.memory % 2 or not 64 <= args.memory <= 2048:
-        p.error(f"--memory {args.memory}: it must be even and from 64 to 2048")
+    if args.memory % 2 or not 96 <= args.memory <= 2048:
+        p.error(f"--memory {args.memory}: it must be even and from 96 to 2048")
     if not 1 <= args.data <= 512 or not 0 <= args.cold <= 512 or args.data + args.cold > args.memory * 5 // 8:
         p.error(f"--data {args.data}, --cold {args.cold}: together they may be five eighths of --memory, each at most 512")
     return args

@@ -19,6 +19,13 @@
 
 struct kvm_vcpu;
 
+/* Probes of the kernel's tracepoints. probes.c checks that the tracepoints have these prototypes. */
+typedef void (*kdp_kvm_page_fault_probe)(void *data, struct kvm_vcpu *vcpu,
+					 u64 address, u64 error_code);
+typedef void (*kdp_kvm_userspace_exit_probe)(void *data, u32 reason, int err);
+typedef void (*kdp_memory_failure_event_probe)(void *data, unsigned long pfn,
+					       int type, int result);
+
 /* memory mapping */
 bool kdp_fault_is_in_block(const struct vm_fault *vmf);
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address);

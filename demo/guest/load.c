@@ -34,6 +34,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "modules.h"
+
 #define PAGE	4096UL
 #define WORDS	(PAGE / sizeof(uint64_t))
 #define MIB	(1UL << 20)
@@ -213,6 +215,7 @@ int main(void)
 	unsigned long writes, rounds, churned_mib, spike_at;
 	volatile uint64_t *churned;
 	struct timespec pause;
+	const char *rejected;
 	struct area area;
 	int console;
 
@@ -228,6 +231,9 @@ int main(void)
 	/* One write per line: the two processes' lines must not mix. */
 	setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
 	printf("KDP-USERSPACE\n");
+	rejected = insert_modules();
+	if (rejected)
+		die(rejected);
 
 	writes = wanted("kdp_writes", 512);
 	rounds = wanted("kdp_rounds", 0);

@@ -15,7 +15,6 @@ use super::{
 use core::{
     ffi::{
         c_int,
-        c_ulong,
         c_void, //
     },
     marker::PhantomData,
@@ -24,6 +23,7 @@ use core::{
 use kernel::{
     bindings,
     error::to_result,
+    ffi::c_ulong,
     new_spinlock,
     new_work,
     prelude::*,
@@ -157,7 +157,7 @@ unsafe extern "C" fn on_event<L: Listener>(
 ) {
     // SAFETY: By the caller's promise.
     let found = unsafe { ArcBorrow::from_raw(data.cast::<Found<L>>()) };
-    found.push(frame as usize);
+    found.push(frame);
     work::enqueue(Arc::from(found));
 }
 
@@ -178,7 +178,10 @@ unsafe impl<L: Listener> Sync for Watch<L> {}
 
 impl<L: Listener> Watch<L> {
     fn probe() -> *mut c_void {
-        (on_event::<L> as *const c_void).cast_mut()
+        let probe: unsafe extern "C" fn(*mut c_void, c_ulong, c_int, c_int) = on_event::<L>;
+        // The type that probes.c compares with the tracepoint.
+        let _: c::kdp_memory_failure_event_probe = Some(probe);
+        (probe as *const c_void).cast_mut()
     }
 
     /// From now on. The module's work queue must outlive it.
@@ -187,8 +190,8 @@ impl<L: Listener> Watch<L> {
         let point = find();
         if let Some(point) = point {
             let data = Arc::as_ptr(&found).cast_mut().cast();
-            // SAFETY: The tracepoint is the kernel's own; the probe has its prototype in 7.x
-            // (include/trace/events/memory-failure.h), and its data stays until it is unregistered.
+            // SAFETY: The tracepoint is the kernel's own; the probe has its prototype
+            // (rust/probes.c), and its data stays until it is unregistered.
             to_result(unsafe { bindings::tracepoint_probe_register(point, Self::probe(), data) })?;
         }
         // INVARIANT: Just registered.

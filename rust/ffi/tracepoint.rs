@@ -49,6 +49,10 @@ struct State {
 // SAFETY: The pointers are those of functions and of tracepoints, which no thread owns.
 unsafe impl Send for State {}
 
+// The probes have the types that probes.c compares with the tracepoints.
+const _: c::kdp_kvm_page_fault_probe = Some(kvm::on_page_fault);
+const _: c::kdp_kvm_userspace_exit_probe = Some(kvm::on_userspace_exit);
+
 kernel::sync::global_lock! {
     // SAFETY: `init()` is called once, when the module is loaded.
     unsafe(uninit) static STATE: Mutex<State> = State {
@@ -75,8 +79,7 @@ impl Site {
         let point = self.point.ok_or(EOPNOTSUPP)?;
         if !self.probed {
             // SAFETY: The tracepoint is valid as long as it is in `point`; the probe has the
-            // prototype of the tracepoint of this name in 7.x (arch/x86/kvm/trace.h,
-            // include/trace/events/kvm.h).
+            // prototype of the tracepoint of this name (rust/probes.c).
             to_result(unsafe {
                 bindings::tracepoint_probe_register(point, self.probe.cast_mut(), null_mut())
             })?;

@@ -85,35 +85,66 @@ impl Seen {
     }
 }
 
-/// The runs of bits that are set, each by its first and its length.
-pub fn runs(word: u64) -> impl Iterator<Item = (u64, u64)> {
-    let mut left = word;
-    core::iter::from_fn(move || {
-        if left == 0 {
-            return None;
-        }
-        let first = left.trailing_zeros();
-        let count = (left >> first).trailing_ones();
-        left &= !((u64::MAX >> (u64::BITS - count)) << first);
-        Some((u64::from(first), u64::from(count)))
-    })
+/// Takes the lowest run of bits that are set out of a word: its first bit and its length.
+fn take_run(word: &mut u64) -> Option<(u64, u64)> {
+    if *word == 0 {
+        return None;
+    }
+    let first = word.trailing_zeros();
+    let count = (*word >> first).trailing_ones();
+    *word &= !((u64::MAX >> (u64::BITS - count)) << first);
+    Some((u64::from(first), u64::from(count)))
 }
 
-/// The runs of pages of a part whose bit is `value`, in order. A run may go on in the next.
-fn runs_of<W: Word>(
-    words: &[W],
+/// The runs of bits that are set, each by its first bit and its length.
+pub fn runs(word: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut left = word;
+    core::iter::from_fn(move || take_run(&mut left))
+}
+
+/// The runs of pages of a part whose bit has a value, in order. A run may go on in the next one.
+///
+/// A type of its own, as a chain of adapters has a symbol name that is too long for objtool.
+pub struct PartRuns<'a, W> {
+    words: &'a [W],
+    /// What is left of the part.
     part: ChunkPart,
-    value: bool,
-) -> impl Iterator<Item = ChunkPart> + '_ {
-    part.words().flat_map(move |(i, mask)| {
-        let word = words[i].load_acquire();
-        let found = mask & if value { word } else { !word };
-        runs(found).map(move |(at, count)| ChunkPart {
-            chunk: part.chunk,
-            first: i as u64 * WORD_PAGES + at,
-            count,
-        })
-    })
+    set: bool,
+    /// The bits of `word` that are left.
+    found: u64,
+    word: u64,
+}
+
+impl<'a, W: Word> PartRuns<'a, W> {
+    fn new(words: &'a [W], part: ChunkPart, set: bool) -> Self {
+        Self {
+            words,
+            part,
+            set,
+            found: 0,
+            word: 0,
+        }
+    }
+}
+
+impl<W: Word> Iterator for PartRuns<'_, W> {
+    type Item = ChunkPart;
+
+    fn next(&mut self) -> Option<ChunkPart> {
+        loop {
+            if let Some((at, count)) = take_run(&mut self.found) {
+                return Some(ChunkPart {
+                    chunk: self.part.chunk,
+                    first: self.word * WORD_PAGES + at,
+                    count,
+                });
+            }
+            let (i, mask) = self.part.take_word()?;
+            let word = self.words[i].load_acquire();
+            self.found = mask & if self.set { word } else { !word };
+            self.word = i as u64;
+        }
+    }
 }
 
 /// The pages of a part whose bits are set.
@@ -121,9 +152,11 @@ pub fn claimed<W: Word>(
     claimed: Option<&[W]>,
     part: ChunkPart,
 ) -> impl Iterator<Item = ChunkPart> + '_ {
-    claimed
-        .into_iter()
-        .flat_map(move |words| runs_of(words, part, true))
+    let empty = ChunkPart { count: 0, ..part };
+    match claimed {
+        Some(words) => PartRuns::new(words, part, true),
+        None => PartRuns::new(&[], empty, true),
+    }
 }
 
 /// The pages of a part whose bits are clear: all of it where there are no bits.
@@ -131,9 +164,9 @@ pub fn free<W: Word>(
     claimed: Option<&[W]>,
     part: ChunkPart,
 ) -> impl Iterator<Item = ChunkPart> + '_ {
-    let all = claimed.is_none().then_some(part);
-    let rest = claimed
-        .into_iter()
-        .flat_map(move |words| runs_of(words, part, false));
-    all.into_iter().chain(rest)
+    let (all, rest) = match claimed {
+        Some(words) => (None, Some(PartRuns::new(words, part, false))),
+        None => (Some(part), None),
+    };
+    all.into_iter().chain(rest.into_iter().flatten())
 }

@@ -91,19 +91,21 @@ pub struct ChunkPart {
 impl ChunkPart {
     /// The words that the part touches, each with the mask of its bits.
     pub fn words(self) -> impl Iterator<Item = (usize, u64)> {
-        let end = self.first + self.count;
-        let mut next = self.first;
-        core::iter::from_fn(move || {
-            if next == end {
-                return None;
-            }
-            let word = next / WORD_PAGES;
-            let stop = end.min((word + 1) * WORD_PAGES);
-            let ones = stop - next;
-            let mask = (u64::MAX >> (WORD_PAGES - ones)) << (next % WORD_PAGES);
-            next = stop;
-            Some((word as usize, mask))
-        })
+        let mut left = self;
+        core::iter::from_fn(move || left.take_word())
+    }
+
+    /// Takes the pages of one word from the beginning of the part: the word, and the mask of their bits.
+    pub fn take_word(&mut self) -> Option<(usize, u64)> {
+        if self.count == 0 {
+            return None;
+        }
+        let word = self.first / WORD_PAGES;
+        let at = self.first % WORD_PAGES;
+        let ones = self.count.min(WORD_PAGES - at);
+        self.first += ones;
+        self.count -= ones;
+        Some((word as usize, (u64::MAX >> (WORD_PAGES - ones)) << at))
     }
 }
 

@@ -26,7 +26,7 @@ pub fn boot_time() -> Duration {
     Duration::from_secs(if on_debug_kernel() { 400 } else { 100 })
 }
 
-const KERNEL: &str = "build/demo/bzImage";
+const KERNEL: &str = "build/demo/vmlinux";
 const INITRD: &str = "build/demo/initrd-load";
 
 /// What the console has said so far.

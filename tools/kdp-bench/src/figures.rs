@@ -103,6 +103,35 @@ impl Verdict {
     }
 }
 
+/// The kernel of scripts/kernel for which the bounds are set.
+pub const KERNEL: &str = "fast";
+
+/// States which kernel the bounds are for, and on which one the rows were measured.
+pub fn scope(rows: &[Row]) -> String {
+    let mut measured: Vec<String> = Vec::new();
+    let mut others = false;
+    for machine in rows.iter().filter_map(|row| row.machine.as_ref()) {
+        let name = format!("'{}' ({})", machine.kernel_kind, machine.kernel);
+        others |= machine.kernel_kind != KERNEL;
+        if !measured.contains(&name) {
+            measured.push(name);
+        }
+    }
+    let bounds = format!("The bounds are for the kernel '{KERNEL}'.");
+    match measured.is_empty() {
+        true => bounds,
+        false => format!(
+            "{bounds} These rows were measured on {}.{}",
+            measured.join(" and "),
+            if others {
+                " Its instruction counts differ."
+            } else {
+                ""
+            }
+        ),
+    }
+}
+
 /// A required figure.
 #[derive(Clone, Debug)]
 pub struct Figure<'a> {

@@ -1,6 +1,6 @@
 //! The page: tables and plots of the rows, with nothing that is not in it. It is well-formed as XML, too.
 
-use crate::figures::{figures, Figure, Key, Verdict};
+use crate::figures::{figures, scope, Figure, Key, Verdict};
 use crate::link::Link;
 use crate::machine::Machine;
 use crate::memory_error::{errors, replacements, ERRORS, ERRORS_HEAD, REPLACE, REPLACE_HEAD};
@@ -76,7 +76,7 @@ fn head(rows: &[Row]) -> String {
                 machine.cpu.clone(),
                 machine.cpus.to_string(),
                 thousands(machine.memory_mib as i64),
-                machine.kernel.clone(),
+                format!("{} ({})", machine.kernel, machine.kernel_kind),
             ]
         })
         .collect();
@@ -125,12 +125,13 @@ fn required(rows: &[Row]) -> String {
     let body: String = figures.iter().map(cell).collect();
     let counted = |verdict| figures.iter().filter(|f| f.verdict() == verdict).count();
     format!(
-        "<h2>The required figures</h2>\n<p>{} of {} reach their aim, {} more are what they must be, {} are missed, \
+        "<h2>The required figures</h2>\n<p>{}</p>\n<p>{} of {} reach their aim, {} more are what they must be, {} are missed, \
          {} are not measured.</p>\n<table>\n<caption>Ratios within one run; medians</caption>\n\
          <thead><tr><th scope=\"col\">figure</th><th scope=\"col\">backing</th><th scope=\"col\">clock</th>\
          <th scope=\"col\" class=\"n\">must</th><th scope=\"col\" class=\"n\">aim</th>\
          <th scope=\"col\" class=\"n\">measured</th><th scope=\"col\">verdict</th>\
          <th scope=\"col\">computed as</th></tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n",
+        escape(&scope(rows)),
         counted(Verdict::Aim),
         figures.len(),
         counted(Verdict::Ok),
@@ -803,6 +804,7 @@ mod tests {
                             cdf: vec![[0.0, 0.0], [0.5, 40.0], [1.0, 900.0]],
                             machine: Some(Machine {
                                 kernel: "7.3.4".into(),
+                                kernel_kind: "stock".into(),
                                 cpu: "a <CPU> & \"more\"".into(),
                                 cpus: 2,
                                 memory_mib: 4000,
@@ -959,6 +961,8 @@ mod tests {
     #[test]
     fn the_machine_is_named() {
         let page = page(&rows()).unwrap();
-        assert!(page.contains("7.3.4") && page.contains("a &lt;CPU&gt; &amp; &quot;more&quot;"));
+        assert!(page.contains("7.3.4 (stock)") && page.contains("a &lt;CPU&gt; &amp; &quot;more&quot;"));
+        assert!(page.contains("The bounds are for the kernel 'fast'."));
+        assert!(page.contains("on 'stock' (7.3.4). Its instruction counts differ."));
     }
 }

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct Machine {
     /// The kernel's release.
     pub kernel: String,
+    /// Which of the project's kernels that is (KDP_KERNEL): stock, fast, ...; empty elsewhere.
+    #[serde(default)]
+    pub kernel_kind: String,
     /// The CPU's name: emulators have theirs there.
     pub cpu: String,
     /// How many CPUs.
@@ -35,6 +38,7 @@ impl Machine {
             .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
         Self {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            kernel_kind: std::env::var("KDP_KERNEL").unwrap_or_default(),
             cpu: of("model name").into_iter().next().unwrap_or_default(),
             cpus: of("processor").len(),
             memory_mib: total.and_then(|kib| kib.parse().ok()).unwrap_or(0_u64) / 1024,

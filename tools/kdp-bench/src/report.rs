@@ -1,6 +1,6 @@
 //! The tables: every row, and the ratios that count, computed from the rows.
 
-use crate::figures::{figures, Figure, Key};
+use crate::figures::{figures, scope, Figure, Key};
 use crate::memory_error::{errors, replacements, ERRORS, ERRORS_HEAD, REPLACE, REPLACE_HEAD};
 use crate::row::{Clock, Row};
 use crate::table::{number, table, thousands};
@@ -81,7 +81,8 @@ fn required(rows: &[Row]) -> String {
         .collect();
     let head = ["figure", "backing", "clock", "must", "aim", "measured", ""];
     format!(
-        "The figures that are required. \"over\" is a ratio of what a page costs, or of pages/s.\n\n{}",
+        "The figures that are required. \"over\" is a ratio of what a page costs, or of pages/s.\n{}\n\n{}",
+        scope(rows),
         table(&head, 3, &cells)
     )
 }

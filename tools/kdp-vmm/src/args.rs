@@ -136,7 +136,7 @@ pub struct RunArgs {
 
 #[derive(ClapArgs)]
 pub struct LinuxArgs {
-    /// The kernel: a bzImage
+    /// The kernel: a bzImage or an ELF file (vmlinux)
     #[arg(long, value_name = "FILE", required_unless_present = "incoming")]
     pub kernel: Option<PathBuf>,
 

@@ -76,7 +76,7 @@ pub struct MigrationArgs {
     pub vmm: PathBuf,
 
     /// The guest's kernel
-    #[arg(long, default_value = "build/demo/bzImage", value_name = "FILE")]
+    #[arg(long, default_value = "build/demo/vmlinux", value_name = "FILE")]
     pub kernel: PathBuf,
 
     /// Its initramfs, with the load

@@ -2,7 +2,6 @@
 //! kernel), and sets the first vCPU to its entry.
 
 use std::fs;
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_segment, Msrs};
@@ -11,35 +10,35 @@ use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use linux_loader::loader::{load_cmdline, BzImage, KernelLoader};
+use linux_loader::loader::load_cmdline;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::*;
-use super::mp_table;
 use super::ram::{DeviceMemory, Ram};
+use super::{acpi, kernel};
 use crate::error::{kvm, Error, Result};
 use crate::memory::PAGE_SIZE;
-
-/// The 64-bit entry, from where the kernel was loaded to.
-const ENTRY_64: u64 = 0x200;
 
 /// Bits of the boot protocol.
 const LOADER_UNDEFINED: u8 = 0xff;
 const CAN_USE_HEAP: u8 = 0x80;
-const XLF_KERNEL_64: u16 = 1;
 const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
+const E820_ACPI: u32 = 3;
 
-/// No firmware, no PCI; the reset goes by the keyboard controller, which has nothing else, and for which a driver would look
-/// for seconds; a panic resets at once.
-const COMMAND_LINE_ALWAYS: &str =
-    "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 acpi=off pci=off \
-     initcall_blacklist=i8042_init";
+/// The first line describes the machine: one serial port, no PCI, a keyboard controller that only
+/// has a reset line. A panic resets the machine at once.
+///
+/// The second line turns off what costs a distribution's kernel time at boot: patches for
+/// mitigations, self-tests of ciphers, the protection of kernel code and the check of it, and the
+/// clearing of each allocated page. [`Kernel::append`] can turn them on again: Linux takes the last
+/// value of a parameter.
+const COMMAND_LINE_ALWAYS: &str = "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 pci=off \
+     mitigations=off cryptomgr.notests rodata=off init_on_alloc=0";
 
 /// What a guest boots.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    /// The kernel: a bzImage.
+    /// The kernel: a bzImage or an ELF file (vmlinux).
     pub image: PathBuf,
     /// Its initramfs.
     pub initrd: Option<PathBuf>,
@@ -53,50 +52,28 @@ pub(super) fn load(ram: &Ram, kernel: &Kernel, vcpus: u8) -> Result<u64> {
     let wrong = |what: &Path, why: &dyn std::fmt::Display| {
         Error::invalid(format!("{}: {why}", what.display()))
     };
-    let mut image = Cursor::new(contents(&kernel.image)?);
-    let loaded = BzImage::load(
-        memory,
-        Some(GuestAddress(HIGH)),
-        &mut image,
-        Some(GuestAddress(HIGH)),
-    )
-    .map_err(|e| wrong(&kernel.image, &e))?;
-    let Some(mut header) = loaded.setup_header else {
-        return Err(wrong(&kernel.image, &"it has no setup header"));
-    };
-    if header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(wrong(&kernel.image, &"it has no 64-bit entry"));
-    }
-    // The decompressor moves it there, and needs so much room.
-    let needed = header.pref_address.max(loaded.kernel_load.0) + u64::from(header.init_size);
-
+    let loaded =
+        kernel::load(memory, contents(&kernel.image)?).map_err(|e| wrong(&kernel.image, &e))?;
+    let (mut header, needed) = (loaded.header, loaded.end);
     header.type_of_loader = LOADER_UNDEFINED;
     header.loadflags |= CAN_USE_HEAP;
     header.heap_end_ptr = 0xfe00;
     header.cmd_line_ptr = COMMAND_LINE as u32;
-    let mut end = ram.bytes();
     if let Some(path) = &kernel.initrd {
-        let (at, len) = load_initrd(memory, path, end, needed, header.initrd_addr_max)?;
+        let (at, len) = load_initrd(memory, path, ram.bytes(), needed, header.initrd_addr_max)?;
         (header.ramdisk_image, header.ramdisk_size) = (at as u32, len as u32);
-        end = at;
     }
-    if needed > end {
-        return Err(Error::invalid(format!(
-            "{} bytes of memory are too few: the kernel needs them up to {needed:#x} to unpack itself",
-            ram.bytes()
-        )));
-    }
-
     let line = command_line(&kernel.append)?;
     load_cmdline(memory, GuestAddress(COMMAND_LINE), &line)
         .map_err(|e| Error::invalid(format!("the kernel's command line: {e}")))?;
     let mut params = boot_params {
         hdr: header,
+        acpi_rsdp_addr: ACPI,
         ..Default::default()
     };
     let map = [
-        (0, MP_TABLE, E820_RAM),
-        (MP_TABLE, LOW_END, E820_RESERVED),
+        (0, LOW_END, E820_RAM),
+        (ACPI, ACPI_END, E820_ACPI),
         (HIGH, ram.bytes(), E820_RAM),
     ];
     for (entry, (from, to, kind)) in params.e820_table.iter_mut().zip(map) {
@@ -110,9 +87,9 @@ pub(super) fn load(ram: &Ram, kernel: &Kernel, vcpus: u8) -> Result<u64> {
     let params = BootParams::new(&params, GuestAddress(BOOT_PARAMS));
     LinuxBootConfigurator::write_bootparams(&params, memory)
         .map_err(|e| Error::invalid(format!("the boot parameters: {e}")))?;
-    write(memory, MP_TABLE, &mp_table::build(vcpus))?;
+    write(memory, ACPI, &acpi::build(vcpus))?;
     write_tables(memory)?;
-    Ok(loaded.kernel_load.0 + ENTRY_64)
+    Ok(loaded.entry)
 }
 
 /// Not read into guest memory at once: some filesystems pin what they read into, and the device's mapping cannot be pinned.
@@ -149,7 +126,6 @@ fn command_line(append: &str) -> Result<Cmdline> {
     let build = || -> linux_loader::cmdline::Result<Cmdline> {
         let mut line = Cmdline::new(COMMAND_LINE_MAX)?;
         line.insert_str(COMMAND_LINE_ALWAYS)?;
-        line.add_virtio_mmio_device(VIRTIO_SIZE, GuestAddress(VIRTIO), VIRTIO_IRQ, None)?;
         if !append.is_empty() {
             line.insert_str(append)?;
         }

@@ -16,20 +16,22 @@ pub(super) const PAGE_TABLES: u64 = 0x9000;
 pub(super) const COMMAND_LINE: u64 = 0x2_0000;
 pub(super) const COMMAND_LINE_MAX: usize = 2048;
 
-/// The MP table, in the last KiB of low memory, where kernels look for it.
-pub(super) const MP_TABLE: u64 = 0x9_fc00;
-
 /// Where low memory ends, and where memory goes on.
 pub(super) const LOW_END: u64 = 0xa_0000;
 pub(super) const HIGH: u64 = 0x10_0000;
+
+/// The ACPI tables, where kernels also look for them if nobody tells the address, and room for them.
+pub(super) const ACPI: u64 = 0xe_0000;
+pub(super) const ACPI_END: u64 = HIGH;
 
 /// The virtio device.
 pub(super) const VIRTIO: u64 = 0xd000_0000;
 pub(super) const VIRTIO_SIZE: u64 = 0x1000;
 pub(super) const VIRTIO_IRQ: u32 = 5;
 
-/// The serial port.
+/// The serial port: its first I/O port, and how many it has.
 pub(super) const SERIAL: u16 = 0x3f8;
+pub(super) const SERIAL_PORTS: u8 = 8;
 pub(super) const SERIAL_IRQ: u32 = 4;
 
 /// The keyboard controller, for its reset line.

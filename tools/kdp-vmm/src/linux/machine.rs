@@ -9,13 +9,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
+use super::acpi::MAX_CPUS;
 use super::boot::{self, Kernel};
 use super::cpuid;
 use super::devices::{Balloon, Console, Devices};
 use super::events;
 use super::gate::Gate;
 use super::layout::TSS;
-use super::mp_table::MAX_CPUS;
 use super::ram::Ram;
 use super::state::{State, VcpuState, VmState};
 use super::vcpu::{Shared, Vcpu};

@@ -23,16 +23,17 @@
 //! # }
 //! ```
 
+mod acpi;
 mod boot;
 mod cpuid;
 mod devices;
 mod dirty;
 mod events;
 mod gate;
+mod kernel;
 mod layout;
 mod machine;
 mod migration;
-mod mp_table;
 mod ram;
 mod state;
 mod vcpu;
