@@ -83,6 +83,29 @@ shell: setup ## a shell in the test VM with the module loaded
 .PHONY: man
 man: tools ## the man pages (build/man)
 
+.PHONY: deb
+deb: ## the Debian packages (build/deb), checked by lintian
+	@scripts/deb
+
+.PHONY: test-packages
+test-packages: ## install the packages in a clean Debian root, build by DKMS, boot that kernel; takes T, too
+	@scripts/test-packages $(if $(T),'$(T)')
+
+.PHONY: dist
+dist: ## what `make install` installs: kdp, kdp-vmm, man pages, completions (build/dist)
+	@scripts/toolbox setup
+	@$(TOOLBOX) scripts/with-target target tools/Cargo.toml scripts/dist build
+
+.PHONY: install install-module install-dkms
+install: ## commands, units, udev rule and header: DESTDIR, prefix (/usr/local), sysconfdir (/etc)
+	@DESTDIR='$(DESTDIR)' prefix='$(prefix)' sysconfdir='$(sysconfdir)' scripts/dist install tools dev
+
+install-module: ## the module of `make modules KDIR=…`: INSTALL_MOD_PATH
+	@DESTDIR='$(DESTDIR)' INSTALL_MOD_PATH='$(INSTALL_MOD_PATH)' scripts/dist install module
+
+install-dkms: ## the module's source, for DKMS (/usr/src): DESTDIR
+	@DESTDIR='$(DESTDIR)' sysconfdir='$(sysconfdir)' scripts/dist install dkms
+
 .PHONY: lint
 lint: setup ## rustfmt, clippy, checkpatch, shellcheck
 	@scripts/lint
