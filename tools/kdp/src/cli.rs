@@ -2,6 +2,7 @@
 
 use crate::units;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use kdp_cli::Generate;
 use kvm_demand_paging::{
     source::{Address, Location},
     Backing, PageRange,
@@ -40,8 +41,8 @@ pub enum Command {
     List(ListArgs),
     Replace(ReplaceArgs),
     Migrate(MigrateArgs),
-    #[command(hide = true)]
-    Man(ManArgs),
+    #[command(flatten)]
+    Generate(Generate),
 }
 
 /// Serve the pages of a file, such as the RAM of a snapshot, to handlers elsewhere
@@ -312,13 +313,6 @@ pub struct ReplaceArgs {
     /// Any page of a huge page; all of the memslot that have an error if there is none
     #[arg(value_name = "PAGE")]
     pub pages: Vec<u64>,
-}
-
-/// Write the man pages into a folder
-#[derive(Args)]
-pub struct ManArgs {
-    /// The folder
-    pub dir: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -5,7 +5,6 @@ mod failure;
 mod fdinfo;
 mod handle;
 mod keep;
-mod man;
 mod migrate;
 mod poison;
 mod ready;
@@ -17,6 +16,7 @@ mod units;
 
 use clap::Parser;
 use cli::{Cli, Command};
+use failure::Failure;
 use std::{io, process::ExitCode};
 use tracing::level_filters::LevelFilter;
 
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         Command::List(args) => poison::list(&args),
         Command::Replace(args) => poison::replace(&args),
         Command::Migrate(args) => migrate::run(&args),
-        Command::Man(args) => man::run(&args),
+        Command::Generate(generate) => generate.run::<Cli>().map_err(Failure::Generate),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

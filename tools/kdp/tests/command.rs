@@ -254,3 +254,25 @@ fn every_command_has_a_man_page() {
     }
     assert!(!man.join("kdp-man.1").exists());
 }
+
+#[test]
+fn every_visible_command_is_completed() {
+    let (_dir, dir) = folder();
+    assert!(kdp(&["completions", &text(&dir)]).status.success());
+    for name in ["kdp.bash", "_kdp", "kdp.fish"] {
+        let script = fs::read_to_string(dir.join(name)).unwrap();
+        for shown in ["keep", "handle", "bandwidth"] {
+            assert!(script.contains(shown), "{name} lacks {shown}");
+        }
+        for hidden in ["completions", "--root", "-l root"] {
+            assert!(!script.contains(hidden), "{name} has {hidden}");
+        }
+    }
+}
+
+#[test]
+fn the_version_is_that_of_the_workspace() {
+    let output = kdp(&["--version"]);
+    let version = concat!("kdp ", env!("CARGO_PKG_VERSION"), "\n");
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), version);
+}
