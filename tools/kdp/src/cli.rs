@@ -165,16 +165,32 @@ pub struct RestoreArgs {
     pub file: String,
 }
 
-/// Keep VMs over the death of their handlers
+// Lines of at most 72 columns: a man page breaks longer ones.
+const SYSTEMD: &str = "Under systemd:
+  Socket: the keeper serves the Unix socket that a socket unit passes in
+  LISTEN_FDS. --listen is not needed then.
+  Readiness: with NOTIFY_SOCKET, the keeper sends READY=1 and STOPPING=1.
+  The service is of Type=notify.
+  Restart: the keeper stores the descriptor of each VM in the descriptor
+  store of systemd, and takes all of them back when it starts. Neither
+  'systemctl restart' nor a crash of the keeper loses a VM then. The
+  store has kdp-vm.NAME for a VM that a page handler gave. It has
+  kdp-vm-of-giver.NAME and kdp-giver.NAME for a VM that a VMM gave.
+  Size: set FileDescriptorStoreMax= of the service to 1 for each VM that
+  a page handler gives, and 2 for each that a VMM gives. Where that is
+  too few, the keeper warns that a VM will not survive a restart.";
+
+/// Keep VMs when their page handlers end
 ///
-/// A handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next handler takes it
-/// with 'kdp handle --from-keeper'. What a VMM gave is let go when the VMM has ended; what a handler gave,
-/// with 'kdp kept --release'.
+/// A page handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next page
+/// handler takes it with 'kdp handle --from-keeper'. The keeper releases a VM that a VMM gave when
+/// the VMM has ended. It releases a VM that a page handler gave on 'kdp kept --release'.
 #[derive(Args)]
+#[command(after_long_help = SYSTEMD)]
 pub struct KeepArgs {
-    /// Where to listen
+    /// Where to listen; not needed if systemd passes a socket
     #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
-    pub listen: PathBuf,
+    pub listen: Option<PathBuf>,
     /// Write this file when VMs can be given; it holds the PID
     #[arg(long, value_name = "PATH")]
     pub ready_file: Option<PathBuf>,

@@ -12,6 +12,7 @@ mod restore;
 mod serve;
 mod signals;
 mod stat;
+mod systemd;
 mod units;
 
 use clap::Parser;
