@@ -36,6 +36,7 @@ pub enum Command {
     Keep(KeepArgs),
     Kept(KeptArgs),
     Stat(StatArgs),
+    Doctor(DoctorArgs),
     Poison(PoisonArgs),
     Heal(HealArgs),
     List(ListArgs),
@@ -221,6 +222,27 @@ pub struct StatArgs {
     /// Where /proc is
     #[arg(long, value_name = "DIR", default_value = "/proc", hide = true)]
     pub proc: PathBuf,
+}
+
+const DOCTOR_STATUS: &str = "Exit status:
+  0  demand paging works on this host for this user; there may be warnings
+  1  demand paging does not work: at least one check is an error
+  2  the command line is wrong";
+
+/// Check whether demand paging works on this host, and say what to do where it does not
+///
+/// Prints one line for each check: ok, warning or error, the name of the check, and what was found.
+/// What to do follows on a line that begins with 'do:'. Rights and limits are those of the user who
+/// runs the command.
+#[derive(Args)]
+#[command(after_help = DOCTOR_STATUS, after_long_help = DOCTOR_STATUS)]
+pub struct DoctorArgs {
+    /// Print JSON: {"works": BOOL, "checks": [{"name", "status", "found", "advice"}, ...]}
+    #[arg(long)]
+    pub json: bool,
+    /// The root directory of the host
+    #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
+    pub root: PathBuf,
 }
 
 /// A memslot of a VM that another process has open

@@ -1,6 +1,7 @@
 //! The `kdp` command: thin over the library, one file for each of its subcommands.
 
 mod cli;
+mod doctor;
 mod failure;
 mod fdinfo;
 mod handle;
@@ -42,6 +43,10 @@ fn main() -> ExitCode {
         Command::Keep(args) => keep::run(&args),
         Command::Kept(args) => keep::kept(&args),
         Command::Stat(args) => stat::run(&args),
+        Command::Doctor(args) => match doctor::run(&args) {
+            Ok(false) => return ExitCode::FAILURE,
+            other => other.map(drop),
+        },
         Command::Poison(args) => poison::poison(&args),
         Command::Heal(args) => poison::heal(&args),
         Command::List(args) => poison::list(&args),
