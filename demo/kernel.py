@@ -107,11 +107,16 @@ def main(argv):
     try:
         with open(image, "rb") as f:
             vmlinux = vmlinux_of(f.read())
+        pvh = has_pvh_entry(vmlinux)
         with open(out, "wb") as f:
             f.write(vmlinux)
-    except (Failure, OSError) as e:
+    except struct.error:
+        raise SystemExit(f"{image}: it is cut off: a header ends behind the file") from None
+    except Failure as e:
         raise SystemExit(f"{image}: {e}") from e
-    if has_pvh_entry(vmlinux):
+    except OSError as e:
+        raise SystemExit(f"{e.filename}: {e.strerror}") from e
+    if pvh:
         print("pvh")
 
 

@@ -1,7 +1,12 @@
 //! A machine that runs Linux in the memory of a memslot.
 //!
-//! It has what a kernel needs and no more: vCPUs, KVM's interrupt controllers and timer, a serial port for its console, and
-//! a virtio balloon. There is no firmware, no PCI and no disk: the guest lives in its initramfs.
+//! It has what a kernel needs and no more: vCPUs, KVM's interrupt controllers and timer, a serial
+//! port for its console, and a virtio balloon. ACPI tables describe them. There is no firmware, no
+//! PCI and no disk: the guest lives in its initramfs.
+//!
+//! The kernel is a bzImage or an ELF file (vmlinux). It must have CONFIG_ACPI, and drivers for an
+//! 8250 serial port and for virtio-mmio; it may have the latter and the balloon's as modules in the
+//! initramfs. That is so for distributions' kernels.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -11,7 +16,7 @@
 //! # fn main() -> Result<(), kdp_vmm::Error> {
 //! let ram = Arc::new(Ram::create(Backing::Shmem, 128 << 20)?);
 //! let kernel = Kernel {
-//!     image: "bzImage".into(),
+//!     image: "vmlinux".into(),
 //!     initrd: Some("initrd".into()),
 //!     append: String::new(),
 //! };
