@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use kdp_cli::Generate;
 use kdp_vmm::session::Pattern;
 use kdp_vmm::{BackingArg, Mode};
 
@@ -56,12 +57,8 @@ pub enum Command {
         job: String,
     },
 
-    /// Write the man pages
-    #[command(hide = true)]
-    Man {
-        /// The folder to write them to
-        dir: PathBuf,
-    },
+    #[command(flatten)]
+    Generate(Generate),
 }
 
 #[derive(ClapArgs)]

@@ -22,7 +22,7 @@ mod table;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
 use crate::args::{Args, Command, RunArgs};
 use crate::migration::MigrationArgs;
@@ -87,14 +87,10 @@ fn main() -> ExitCode {
         }) => report(files, profile, out.as_deref(), html.as_deref()),
         Some(Command::Migration(args)) => migration(args),
         Some(Command::Measure { job }) => measure_one(job),
-        Some(Command::Man { dir }) => {
-            let write = std::fs::create_dir_all(dir)
-                .and_then(|()| clap_mangen::generate_to(Args::command(), dir));
-            write.map_err(|source| Error::Io {
-                what: format!("write man pages to {}", dir.display()),
-                source,
-            })
-        }
+        Some(Command::Generate(generate)) => generate.run::<Args>().map_err(|error| Error::Io {
+            what: error.what,
+            source: error.source,
+        }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use kdp_cli::Generate;
 use kdp_vmm::linux::IncomingPager;
 use kdp_vmm::session::{Config, Pattern};
 use kdp_vmm::{BackingArg, Mode, MIN_GPA, PAGE_SIZE};
@@ -66,12 +67,8 @@ pub enum Command {
     #[command(hide = true)]
     PageHandler,
 
-    /// Write the man pages
-    #[command(hide = true)]
-    Man {
-        /// The folder to write them to
-        dir: PathBuf,
-    },
+    #[command(flatten)]
+    Generate(Generate),
 }
 
 #[derive(ClapArgs)]

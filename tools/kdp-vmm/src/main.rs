@@ -11,7 +11,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
+use kdp_cli::Generate;
 use kdp_vmm::{
     fill_page, session, Backing, Error, Image, Mode, Remote, Source, MIN_GPA, PAGE_SIZE,
 };
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
         } => run_clock(mode, backing.into(), page),
         Command::Linux(linux) => linux_command::run(linux),
         Command::PageHandler => linux_command::run_handler(),
-        Command::Man { dir } => write_man_pages(&dir),
+        Command::Generate(generate) => generate_files(&generate),
     };
     match result {
         Ok(code) => code,
@@ -99,12 +100,10 @@ fn write_image(path: &Path, bytes: u64, seed: u64) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn write_man_pages(dir: &Path) -> Result<ExitCode, Error> {
-    std::fs::create_dir_all(dir)
-        .and_then(|()| clap_mangen::generate_to(Args::command(), dir))
-        .map_err(|source| Error::Os {
-            what: format!("write man pages to {}", dir.display()),
-            source,
-        })?;
+fn generate_files(generate: &Generate) -> Result<ExitCode, Error> {
+    generate.run::<Args>().map_err(|error| Error::Os {
+        what: error.what,
+        source: error.source,
+    })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,6 +2,7 @@
 
 use crate::units;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use kdp_cli::Generate;
 use kvm_demand_paging::{
     source::{Address, Location},
     Backing, PageRange,
@@ -35,13 +36,14 @@ pub enum Command {
     Keep(KeepArgs),
     Kept(KeptArgs),
     Stat(StatArgs),
+    Doctor(DoctorArgs),
     Poison(PoisonArgs),
     Heal(HealArgs),
     List(ListArgs),
     Replace(ReplaceArgs),
     Migrate(MigrateArgs),
-    #[command(hide = true)]
-    Man(ManArgs),
+    #[command(flatten)]
+    Generate(Generate),
 }
 
 /// Serve the pages of a file, such as the RAM of a snapshot, to handlers elsewhere
@@ -164,16 +166,32 @@ pub struct RestoreArgs {
     pub file: String,
 }
 
-/// Keep VMs over the death of their handlers
+// Lines of at most 72 columns: a man page breaks longer ones.
+const SYSTEMD: &str = "Under systemd:
+  Socket: the keeper serves the Unix socket that a socket unit passes in
+  LISTEN_FDS. --listen is not needed then.
+  Readiness: with NOTIFY_SOCKET, the keeper sends READY=1 and STOPPING=1.
+  The service is of Type=notify.
+  Restart: the keeper stores the descriptor of each VM in the descriptor
+  store of systemd, and takes all of them back when it starts. Neither
+  'systemctl restart' nor a crash of the keeper loses a VM then. The
+  store has kdp-vm.NAME for a VM that a page handler gave. It has
+  kdp-vm-of-giver.NAME and kdp-giver.NAME for a VM that a VMM gave.
+  Size: set FileDescriptorStoreMax= of the service to 1 for each VM that
+  a page handler gives, and 2 for each that a VMM gives. Where that is
+  too few, the keeper warns that a VM will not survive a restart.";
+
+/// Keep VMs when their page handlers end
 ///
-/// A handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next handler takes it
-/// with 'kdp handle --from-keeper'. What a VMM gave is let go when the VMM has ended; what a handler gave,
-/// with 'kdp kept --release'.
+/// A page handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next page
+/// handler takes it with 'kdp handle --from-keeper'. The keeper releases a VM that a VMM gave when
+/// the VMM has ended. It releases a VM that a page handler gave on 'kdp kept --release'.
 #[derive(Args)]
+#[command(after_long_help = SYSTEMD)]
 pub struct KeepArgs {
-    /// Where to listen
+    /// Where to listen; not needed if systemd passes a socket
     #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
-    pub listen: PathBuf,
+    pub listen: Option<PathBuf>,
     /// Write this file when VMs can be given; it holds the PID
     #[arg(long, value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
@@ -204,6 +222,27 @@ pub struct StatArgs {
     /// Where /proc is
     #[arg(long, value_name = "DIR", default_value = "/proc", hide = true)]
     pub proc: PathBuf,
+}
+
+const DOCTOR_STATUS: &str = "Exit status:
+  0  demand paging works on this host for this user; there may be warnings
+  1  demand paging does not work: at least one check is an error
+  2  the command line is wrong";
+
+/// Check whether demand paging works on this host, and say what to do where it does not
+///
+/// Prints one line for each check: ok, warning or error, the name of the check, and what was found.
+/// What to do follows on a line that begins with 'do:'. Rights and limits are those of the user who
+/// runs the command.
+#[derive(Args)]
+#[command(after_help = DOCTOR_STATUS, after_long_help = DOCTOR_STATUS)]
+pub struct DoctorArgs {
+    /// Print JSON: {"works": BOOL, "checks": [{"name", "status", "found", "advice"}, ...]}
+    #[arg(long)]
+    pub json: bool,
+    /// The root directory of the host
+    #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
+    pub root: PathBuf,
 }
 
 /// A memslot of a VM that another process has open
@@ -312,13 +351,6 @@ pub struct ReplaceArgs {
     /// Any page of a huge page; all of the memslot that have an error if there is none
     #[arg(value_name = "PAGE")]
     pub pages: Vec<u64>,
-}
-
-/// Write the man pages into a folder
-#[derive(Args)]
-pub struct ManArgs {
-    /// The folder
-    pub dir: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

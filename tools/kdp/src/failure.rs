@@ -11,6 +11,8 @@ pub enum Failure {
     Source(#[from] source::Error),
     #[error(transparent)]
     Handler(#[from] handler::Error),
+    #[error(transparent)]
+    Generate(kdp_cli::Error),
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("{0}")]

@@ -99,13 +99,13 @@ pub fn run(args: &HandleArgs) -> Result<(), Failure> {
     let watched = Arc::clone(&handler);
     let (every, json) = (args.report.map(Duration::from_secs), args.json.clone());
     let reporter = thread::spawn(move || report_until(&ended, &watched, every, json.as_deref()));
-    let _ready = match ready {
+    let ready = match ready {
         Some(ready) => ready,
         None => Ready::tell(args.ready_file.as_ref())?,
     };
 
     let result = handler.run();
-    drop(end);
+    drop((ready, end));
     // It holds nothing but the handler; a panic of it must not hide how the handler ended.
     let _ = reporter.join();
     let report = handler.report();

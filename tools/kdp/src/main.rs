@@ -1,11 +1,11 @@
 //! The `kdp` command: thin over the library, one file for each of its subcommands.
 
 mod cli;
+mod doctor;
 mod failure;
 mod fdinfo;
 mod handle;
 mod keep;
-mod man;
 mod migrate;
 mod poison;
 mod ready;
@@ -13,10 +13,12 @@ mod restore;
 mod serve;
 mod signals;
 mod stat;
+mod systemd;
 mod units;
 
 use clap::Parser;
 use cli::{Cli, Command};
+use failure::Failure;
 use std::{io, process::ExitCode};
 use tracing::level_filters::LevelFilter;
 
@@ -41,12 +43,16 @@ fn main() -> ExitCode {
         Command::Keep(args) => keep::run(&args),
         Command::Kept(args) => keep::kept(&args),
         Command::Stat(args) => stat::run(&args),
+        Command::Doctor(args) => match doctor::run(&args) {
+            Ok(false) => return ExitCode::FAILURE,
+            other => other.map(drop),
+        },
         Command::Poison(args) => poison::poison(&args),
         Command::Heal(args) => poison::heal(&args),
         Command::List(args) => poison::list(&args),
         Command::Replace(args) => poison::replace(&args),
         Command::Migrate(args) => migrate::run(&args),
-        Command::Man(args) => man::run(&args),
+        Command::Generate(generate) => generate.run::<Cli>().map_err(Failure::Generate),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,9 +1,13 @@
-//! The file that tells a script that the command is ready.
+//! Telling others that the command is ready: a script by a file, a service manager by a message.
 
-use crate::failure::{Context, Failure};
+use crate::{
+    failure::{Context, Failure},
+    systemd,
+};
 use std::{fs, path::PathBuf, process};
 
-/// Holds the PID of this process while it is ready; removed when it is dropped.
+/// While this lives, the file holds the PID of this process. When it is dropped, the file is removed
+/// and the service manager knows that the command is about to end.
 pub struct Ready(Option<PathBuf>);
 
 impl Ready {
@@ -19,12 +23,14 @@ impl Ready {
                     path.display()
                 ))?;
         }
+        systemd::ready();
         Ok(Self(path.cloned()))
     }
 }
 
 impl Drop for Ready {
     fn drop(&mut self) {
+        systemd::stopping();
         if let Some(path) = &self.0 {
             // The reader may have removed it.
             let _ = fs::remove_file(path);

@@ -14,8 +14,10 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let (stop, tell, json) = (server.control(), server.control(), args.json);
     signals::watch(move || stop.stop(), move || print(&tell.counters(), json))?;
     println!("listening at {}", server.address());
-    let _ready = Ready::tell(args.ready_file.as_ref())?;
-    server.run()?;
+    let ready = Ready::tell(args.ready_file.as_ref())?;
+    let result = server.run();
+    drop(ready);
+    result?;
     print(&server.control().counters(), json);
     Ok(())
 }

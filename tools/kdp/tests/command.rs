@@ -188,7 +188,7 @@ fn failures_are_one_line_that_names_the_value_and_the_next_step() {
     assert!(handle(&["--fd", "77"]).contains("file descriptor 77"));
     assert!(handle(&["--from-keeper", "unix:/does/not/exist"]).contains("/does/not/exist"));
     if !Path::new("/dev/kvm-demand-paging").exists() {
-        assert!(handle(&["--create", "ram", "--size", "1M", "--shmem"]).contains("insmod"));
+        assert!(handle(&["--create", "ram", "--size", "1M", "--shmem"]).contains("kdp doctor"));
     }
     let gone = dir.join("gone");
     let unreachable = complaint(&[
@@ -248,9 +248,32 @@ fn every_command_has_a_man_page() {
         "kdp-poison",
         "kdp-heal",
         "kdp-list",
+        "kdp-doctor",
     ] {
         let page = fs::read_to_string(man.join(format!("{name}.1"))).unwrap();
         assert!(page.contains(".SH SYNOPSIS"), "{name}");
     }
     assert!(!man.join("kdp-man.1").exists());
+}
+
+#[test]
+fn every_visible_command_is_completed() {
+    let (_dir, dir) = folder();
+    assert!(kdp(&["completions", &text(&dir)]).status.success());
+    for name in ["kdp.bash", "_kdp", "kdp.fish"] {
+        let script = fs::read_to_string(dir.join(name)).unwrap();
+        for shown in ["doctor", "handle", "bandwidth"] {
+            assert!(script.contains(shown), "{name} lacks {shown}");
+        }
+        for hidden in ["completions", "--root", "-l root"] {
+            assert!(!script.contains(hidden), "{name} has {hidden}");
+        }
+    }
+}
+
+#[test]
+fn the_version_is_that_of_the_workspace() {
+    let output = kdp(&["--version"]);
+    let version = concat!("kdp ", env!("CARGO_PKG_VERSION"), "\n");
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), version);
 }

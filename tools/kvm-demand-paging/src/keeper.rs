@@ -7,11 +7,23 @@
 //!
 //! A VM is let go when its owner says so ([`release`]), or, unless it was given to [`Stay`](Until::Released),
 //! when the process that gave it has ended: then there is no guest left.
+//!
+//! # Restarting the keeper
+//!
+//! A keeper [with an fd store](Keeper::with_store) stores a duplicate of each VM's fd, and the pidfd
+//! of each process that a VM is kept for. The next keeper [gets them back](Keeper::restore), so VMs
+//! outlive the keeper, too. systemd stores each open file once: a VM that was given under two names
+//! has one of them after a restart.
+
+mod fd_store;
+
+pub use fd_store::FdStore;
 
 use crate::{
     pass::{ask, receive, send, Message, Op},
     Error, Result, Vm,
 };
+use fd_store::{Entry, Kind};
 use rustix::{
     event::{poll, PollFd, PollFlags},
     fd::{AsFd, BorrowedFd, OwnedFd},
@@ -41,22 +53,105 @@ pub enum Until {
     Released,
 }
 
+struct KeptVm {
+    /// Tells VMs apart that had the same name one after the other.
+    generation: u64,
+    fd: OwnedFd,
+    until: Until,
+}
+
 #[derive(Default)]
 struct Kept {
-    vms: BTreeMap<String, (u64, OwnedFd)>,
+    vms: BTreeMap<String, KeptVm>,
     given: u64,
+}
+
+impl Kept {
+    fn insert(&mut self, name: &str, fd: OwnedFd, until: Until) -> u64 {
+        self.given += 1;
+        let vm = KeptVm {
+            generation: self.given,
+            fd,
+            until,
+        };
+        self.vms.insert(name.to_owned(), vm);
+        self.given
+    }
 }
 
 /// Holds VMs' fds and hands them out.
 #[derive(Clone, Default)]
 pub struct Keeper {
     kept: Arc<Mutex<Kept>>,
+    store: Option<Arc<dyn FdStore>>,
 }
 
 impl Keeper {
     /// A keeper of nothing.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A keeper of nothing that stores the descriptors of what it keeps in `store`.
+    pub fn with_store(store: Arc<dyn FdStore>) -> Self {
+        Self {
+            store: Some(store),
+            ..Self::default()
+        }
+    }
+
+    /// Take back what a keeper before this one stored: descriptors by their names in the store. Call
+    /// it before [`serve`](Self::serve).
+    pub fn restore(&self, stored: impl IntoIterator<Item = (String, OwnedFd)>) -> Result<()> {
+        let (mut vms, mut givers) = (Vec::new(), BTreeMap::new());
+        for (name, fd) in stored {
+            match Entry::parse(&name) {
+                Some(Entry {
+                    kind: Kind::Vm(until),
+                    vm,
+                }) => vms.push((vm, fd, until)),
+                Some(Entry {
+                    kind: Kind::Giver,
+                    vm,
+                }) => drop(givers.insert(vm, fd)),
+                None => tracing::warn!(
+                    "the fd store has the descriptor '{name}', which is not a keeper's: it is closed"
+                ),
+            }
+        }
+        for (name, fd, until) in vms {
+            let generation = self.kept().insert(&name, fd, until);
+            match (until, givers.remove(&name)) {
+                (Until::GiverEnds, Some(giver)) => self.watch(giver, &name, generation)?,
+                (Until::GiverEnds, None) => tracing::warn!(
+                    "the fd store lacks the pidfd of the process that gave the VM '{name}': \
+                     the VM is kept until 'kdp kept --release {name}'"
+                ),
+                (Until::Released, _) => (),
+            }
+            tracing::info!("keeping the VM '{name}' again");
+        }
+        // The keeper ended between storing the pidfd and the VM, or between removing them.
+        for name in givers.keys() {
+            self.remove_fd(Kind::Giver, name);
+        }
+        Ok(())
+    }
+
+    fn store_fd(&self, kind: Kind, name: &str, fd: BorrowedFd<'_>) {
+        if let Some(store) = &self.store {
+            if let Err(error) = store.store(&Entry::new(kind, name).to_string(), fd) {
+                tracing::warn!("the VM '{name}' will not survive a restart of the keeper: {error}");
+            }
+        }
+    }
+
+    fn remove_fd(&self, kind: Kind, name: &str) {
+        if let Some(store) = &self.store {
+            if let Err(error) = store.remove(&Entry::new(kind, name).to_string()) {
+                tracing::warn!("the fd store still has a descriptor of the VM '{name}': {error}");
+            }
+        }
     }
 
     /// How many VMs it keeps.
@@ -113,23 +208,31 @@ impl Keeper {
             Op::Give => {
                 let fd =
                     fd.ok_or_else(|| Error::Peer("no file descriptor came with it".to_owned()))?;
-                let generation = self.keep(name, fd)?;
-                if message.flags & STAY == 0 {
-                    self.watch_giver(stream, name, generation)?;
+                let giver = match message.flags & STAY {
+                    0 => Some(giver(stream, name)?),
+                    _ => None,
+                };
+                let generation = self.keep(name, fd, giver.as_ref().map(AsFd::as_fd))?;
+                if let Some(giver) = giver {
+                    if let Err(error) = self.watch(giver, name, generation) {
+                        self.let_go(name, generation);
+                        return Err(error);
+                    }
                 }
                 tracing::info!("keeping the VM '{name}'");
                 Ok((Message::new(Op::Done, name), None))
             }
             Op::Take => {
                 let kept = self.kept();
-                let (_, fd) = kept.vms.get(name).ok_or_else(none)?;
-                let fd = fd
+                let vm = kept.vms.get(name).ok_or_else(none)?;
+                let fd = vm
+                    .fd
                     .try_clone()
                     .map_err(|error| Error::sys("dup", "a VM's fd", error))?;
                 Ok((Message::new(Op::Done, name), Some(fd)))
             }
             Op::Drop => {
-                self.kept().vms.remove(name).ok_or_else(none)?;
+                self.remove(&mut self.kept(), name).ok_or_else(none)?;
                 tracing::info!("let go of the VM '{name}'");
                 Ok((Message::new(Op::Done, name), None))
             }
@@ -146,7 +249,9 @@ impl Keeper {
         }
     }
 
-    fn keep(&self, name: &str, fd: OwnedFd) -> Result<u64> {
+    /// Keep a VM, until this giver ends if there is one. It is stored when this returns.
+    fn keep(&self, name: &str, fd: OwnedFd, giver: Option<BorrowedFd<'_>>) -> Result<u64> {
+        // Held until all is stored, so that a release comes after that in the store, too.
         let mut kept = self.kept();
         if name.is_empty() {
             return Err(Error::Peer("a VM must have a name to be kept".to_owned()));
@@ -156,27 +261,25 @@ impl Keeper {
                 "a VM of the name '{name}' is kept here already: choose another name, or let go of that one"
             )));
         }
-        kept.given += 1;
-        let generation = kept.given;
-        kept.vms.insert(name.to_owned(), (generation, fd));
-        Ok(generation)
+        let until = match giver {
+            Some(giver) => {
+                // Before the VM: a VM without its giver's pidfd would be kept too long.
+                self.store_fd(Kind::Giver, name, giver);
+                Until::GiverEnds
+            }
+            None => Until::Released,
+        };
+        self.store_fd(Kind::Vm(until), name, fd.as_fd());
+        Ok(kept.insert(name, fd, until))
     }
 
-    fn watch_giver(&self, stream: &UnixStream, name: &str, generation: u64) -> Result<()> {
-        let watched = socket_peercred(stream)
-            .and_then(|cred| pidfd_open(cred.pid, PidfdFlags::empty()))
-            .map_err(|errno| {
-                Error::sys(
-                    "pidfd_open",
-                    format!("the process that gives '{name}'"),
-                    errno,
-                )
-            })
-            .and_then(|giver| self.watch(giver, name, generation));
-        if watched.is_err() {
-            self.let_go(name, generation);
+    fn remove(&self, kept: &mut Kept, name: &str) -> Option<KeptVm> {
+        let vm = kept.vms.remove(name)?;
+        self.remove_fd(Kind::Vm(vm.until), name);
+        if vm.until == Until::GiverEnds {
+            self.remove_fd(Kind::Giver, name);
         }
-        watched
+        Some(vm)
     }
 
     /// Let go of the VM when the process has ended, unless another VM has its name by then.
@@ -200,12 +303,22 @@ impl Keeper {
         let is_same = kept
             .vms
             .get(name)
-            .is_some_and(|(kept, _)| *kept == generation);
+            .is_some_and(|vm| vm.generation == generation);
         if is_same {
-            kept.vms.remove(name);
+            self.remove(&mut kept, name);
         }
         is_same
     }
+}
+
+/// The pidfd of the process at the other end.
+fn giver(stream: &UnixStream, name: &str) -> Result<OwnedFd> {
+    socket_peercred(stream)
+        .and_then(|cred| pidfd_open(cred.pid, PidfdFlags::empty()))
+        .map_err(|errno| {
+            let what = format!("the process that gives '{name}'");
+            Error::sys("pidfd_open", what, errno)
+        })
 }
 
 fn wait_for_end(pidfd: BorrowedFd<'_>) {
@@ -320,44 +433,144 @@ mod tests {
         assert_eq!(keeper.count(), 1);
     }
 
+    /// A store that holds what systemd would hold.
+    #[derive(Default)]
+    struct TestStore(Mutex<BTreeMap<String, OwnedFd>>);
+
+    impl TestStore {
+        fn names(&self) -> Vec<String> {
+            self.0.lock().unwrap().keys().cloned().collect()
+        }
+
+        /// What systemd passes to the next keeper. It goes on storing it.
+        fn pass(&self) -> Vec<(String, OwnedFd)> {
+            let pass = |(name, fd): (&String, &OwnedFd)| (name.clone(), fd.try_clone().unwrap());
+            self.0.lock().unwrap().iter().map(pass).collect()
+        }
+    }
+
+    impl FdStore for TestStore {
+        fn store(&self, name: &str, fd: BorrowedFd<'_>) -> std::io::Result<()> {
+            let fd = fd.try_clone_to_owned()?;
+            let before = self.0.lock().unwrap().insert(name.to_owned(), fd);
+            assert!(before.is_none(), "{name} is stored twice");
+            Ok(())
+        }
+
+        fn remove(&self, name: &str) -> std::io::Result<()> {
+            self.0.lock().unwrap().remove(name);
+            Ok(())
+        }
+    }
+
+    fn process() -> (std::process::Child, OwnedFd) {
+        let child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        (child, pidfd_open(pid, PidfdFlags::empty()).unwrap())
+    }
+
+    fn some_fd() -> OwnedFd {
+        tempfile::tempfile().unwrap().into()
+    }
+
+    fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !is_so() {
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_store_has_what_is_kept() {
+        let store = Arc::new(TestStore::default());
+        let keeper = Keeper::with_store(store.clone());
+        let (mut giver, pidfd) = process();
+        keeper.keep("stays", some_fd(), None).unwrap();
+        keeper.keep("goes", some_fd(), Some(pidfd.as_fd())).unwrap();
+        assert!(keeper.keep("goes", some_fd(), None).is_err());
+        assert_eq!(
+            store.names(),
+            ["kdp-giver.goes", "kdp-vm-of-giver.goes", "kdp-vm.stays"]
+        );
+        keeper.remove(&mut keeper.kept(), "goes").unwrap();
+        assert_eq!(store.names(), ["kdp-vm.stays"]);
+        keeper.remove(&mut keeper.kept(), "stays").unwrap();
+        assert!(store.names().is_empty());
+        giver.kill().unwrap();
+        giver.wait().unwrap();
+    }
+
+    #[test]
+    fn the_next_keeper_goes_on() {
+        let store = Arc::new(TestStore::default());
+        let first = Keeper::with_store(store.clone());
+        let (mut ended, ended_pidfd) = process();
+        let (mut giver, pidfd) = process();
+        first.keep("stays", some_fd(), None).unwrap();
+        first
+            .keep("ended", some_fd(), Some(ended_pidfd.as_fd()))
+            .unwrap();
+        first.keep("goes", some_fd(), Some(pidfd.as_fd())).unwrap();
+        store.store("kdp-giver.stray", pidfd.as_fd()).unwrap();
+        drop(first);
+        // While no keeper runs.
+        ended.kill().unwrap();
+        ended.wait().unwrap();
+
+        let next = Keeper::with_store(store.clone());
+        let mut passed = store.pass();
+        passed.push(("of-another-program".to_owned(), some_fd()));
+        next.restore(passed).unwrap();
+        let names = |keeper: &Keeper| keeper.kept().vms.keys().cloned().collect::<Vec<_>>();
+        wait_until("'ended' is still kept", || {
+            names(&next) == ["goes", "stays"]
+        });
+        assert_eq!(
+            store.names(),
+            ["kdp-giver.goes", "kdp-vm-of-giver.goes", "kdp-vm.stays"]
+        );
+        giver.kill().unwrap();
+        giver.wait().unwrap();
+        wait_until("'goes' is still kept", || names(&next) == ["stays"]);
+        wait_until("'goes' is still stored", || {
+            store.names() == ["kdp-vm.stays"]
+        });
+    }
+
+    #[test]
+    fn a_vm_whose_giver_is_unknown_is_kept() {
+        let keeper = Keeper::new();
+        let stored = ("kdp-vm-of-giver.vm".to_owned(), some_fd());
+        keeper.restore([stored]).unwrap();
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(keeper.count(), 1);
+    }
+
     #[test]
     fn a_vm_goes_when_its_giver_ends_and_its_successor_stays() {
         let keeper = Keeper::new();
         let mut givers = Vec::new();
         for name in ["old", "other"] {
-            let giver = Command::new("sleep")
-                .arg("60")
-                .stdin(Stdio::null())
-                .spawn()
-                .unwrap();
-            let pidfd = pidfd_open(
-                rustix::process::Pid::from_child(&giver),
-                PidfdFlags::empty(),
-            )
-            .unwrap();
-            let generation = keeper
-                .keep(name, tempfile::tempfile().unwrap().into())
-                .unwrap();
+            let (giver, pidfd) = process();
+            let generation = keeper.keep(name, some_fd(), None).unwrap();
             keeper.watch(pidfd, name, generation).unwrap();
             givers.push(giver);
         }
         // Another VM takes a name over: the first giver's end is none of its business.
         keeper.kept().vms.remove("other");
-        keeper
-            .keep("other", tempfile::tempfile().unwrap().into())
-            .unwrap();
+        keeper.keep("other", some_fd(), None).unwrap();
         for giver in &mut givers {
             giver.kill().unwrap();
             giver.wait().unwrap();
         }
-        let start = Instant::now();
-        while keeper.kept().vms.contains_key("old") {
-            assert!(
-                start.elapsed() < Duration::from_secs(10),
-                "it is still kept"
-            );
-            thread::sleep(Duration::from_millis(5));
-        }
+        wait_until("'old' is still kept", || {
+            !keeper.kept().vms.contains_key("old")
+        });
         thread::sleep(Duration::from_millis(50));
         assert!(keeper.kept().vms.contains_key("other"));
     }

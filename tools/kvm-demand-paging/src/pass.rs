@@ -25,6 +25,7 @@ use std::{
     io::{IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::unix::net::UnixStream,
+    str,
 };
 
 /// The size of every message.
@@ -132,10 +133,16 @@ impl Message {
                     word(8)
                 ))
             })?;
+        let name = str::from_utf8(&bytes[16..48]).map_err(|_| {
+            Error::Peer(format!(
+                "the peer on the socket sent a VM's name that is not UTF-8: '{}'",
+                bytes[16..48].escape_ascii()
+            ))
+        })?;
         Ok(Self {
             op,
             flags: word(12),
-            name: text(&bytes[16..48]),
+            name: name.trim_end_matches('\0').to_owned(),
             text: text(&bytes[48..]),
         })
     }
@@ -296,6 +303,14 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         drop(here);
         assert!(receive(&there).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_name_is_utf_8() {
+        let mut bytes = Message::new(Op::Give, "vm").encode().unwrap();
+        bytes[18] = 0xff;
+        let error = Message::decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains("not UTF-8: 'vm\\xff\\x00"), "{error}");
     }
 
     proptest! {

@@ -147,9 +147,9 @@ impl Vm {
             .unwrap_or(abi::KDP_DEVICE_PATH);
         let fd = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
             let hint = match errno {
-                Errno::NOENT | Errno::NXIO | Errno::NODEV => {
-                    Some("the module is not loaded: insmod kvm_demand_paging.ko")
-                }
+                Errno::NOENT | Errno::NXIO | Errno::NODEV => Some(
+                    "the module is not loaded: modprobe kvm_demand_paging; 'kdp doctor' says more",
+                ),
                 Errno::ACCESS | Errno::PERM => Some("become root, or ask for access to the device"),
                 _ => None,
             };
