@@ -16,8 +16,8 @@ install_mmdebstrap() {
 	apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends mmdebstrap debian-archive-keyring
 }
 
-# make_root DIR PACKAGES [OPTION...]: a Debian trixie root at DIR with PACKAGES (separated by commas). DIR appears
-# when the root is complete. OPTIONs go to mmdebstrap.
+# make_root DIR PACKAGES [OPTION...]: a Debian trixie root at DIR with PACKAGES (separated by
+# commas). DIR appears when the root is complete. OPTIONs go to mmdebstrap.
 make_root() {
 	local root=$1 packages=$2 uri opts=() line
 	shift 2
@@ -32,8 +32,9 @@ make_root() {
 	mv "$root.part" "$root"
 }
 
-# in_root ROOT [SOURCE:DEST...] -- COMMAND...: run COMMAND in ROOT with each SOURCE mounted at DEST, in a mount
-# namespace of its own: nothing stays mounted, whatever way the command ends. KDP_ROOT_DIR is the folder it starts in.
+# in_root ROOT [SOURCE:DEST...] -- COMMAND...: run COMMAND in ROOT with each SOURCE mounted at DEST,
+# in a mount namespace of its own: nothing stays mounted, whatever way the command ends.
+# KDP_ROOT_DIR is the folder it starts in.
 in_root() {
 	local root=$1 binds=()
 	shift
