@@ -47,10 +47,6 @@ test-7.2: ## a subset of the selftests on Debian's own kernel 7.2
 	@KDP_KERNEL=stock-7.2 scripts/setup test
 	@KDP_KERNEL=stock-7.2 scripts/test stock-7.2 $(SUBSET)
 
-.PHONY: test-packages
-test-packages: ## build the Debian packages, install them in a clean root, boot what DKMS built
-	@scripts/test-packages
-
 .PHONY: test-debug
 test-debug: ## the selftests on the debug kernel (KASAN, lockdep, kmemleak, ...); takes T, too
 	@KDP_KERNEL=debug scripts/setup test
