@@ -22,10 +22,8 @@ pub struct Test {
 const LIMIT: Duration = Duration::from_secs(120);
 const DEBUG_KERNEL_LIMIT: Duration = Duration::from_secs(480);
 
-/// A test that still makes progress is slow for what runs beside it, and has this many limits. Progress is CPU time: a
-/// hundredth of a limit in each limit, or more.
+/// A test that still makes progress is slow because of what runs beside it, and has this many limits.
 const LIMITS_WITH_PROGRESS: u32 = 3;
-const PROGRESS_PERCENT: u32 = 1;
 
 const STATUS_SKIP: i32 = 4;
 
@@ -146,7 +144,7 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
         drain(&out, &mut bytes, Duration::from_millis(5))?;
         match child.wait(Duration::ZERO) {
             Ok(ended) => break Some(ended),
-            Err(_) if !deadline.is_over(&child) => {
+            Err(_) if !deadline.is_over() => {
                 if Instant::now() > next_look {
                     lost = emulator::lost_guest().or_else(|| {
                         // The test may not have noticed: it waits for another VMM, say.
@@ -210,7 +208,7 @@ fn run_one(test: &Test, output: &mut String) -> Result<Outcome> {
 struct Deadline {
     start: Instant,
     next: Instant,
-    cpu_time: Duration,
+    progress: stuck::Progress,
 }
 
 impl Deadline {
@@ -219,25 +217,19 @@ impl Deadline {
         Self {
             start,
             next: start + limit(),
-            cpu_time: stuck::cpu_time_of_group(child.pid()),
+            progress: stuck::Progress::of_group(child.pid()),
         }
     }
 
-    fn is_over(&mut self, child: &sys::Child) -> bool {
+    fn is_over(&mut self) -> bool {
         let now = Instant::now();
         if now < self.next {
             return false;
         }
-        let cpu_time = stuck::cpu_time_of_group(child.pid());
-        // Who has ended takes its time along: that is progress.
-        let progress = cpu_time.abs_diff(self.cpu_time);
-        if progress < limit() * PROGRESS_PERCENT / 100
-            || now >= self.start + limit() * LIMITS_WITH_PROGRESS
-        {
+        if !self.progress.is_made(limit()) || now >= self.start + limit() * LIMITS_WITH_PROGRESS {
             return true;
         }
         self.next = now + limit();
-        self.cpu_time = cpu_time;
         false
     }
 }

@@ -45,8 +45,38 @@ impl Stat {
     }
 }
 
+/// The progress that a process group makes: the CPU time that it uses.
+pub struct Progress {
+    group: libc::pid_t,
+    cpu_time: Duration,
+}
+
+impl Progress {
+    /// Begins to watch a process group.
+    pub fn of_group(group: libc::pid_t) -> Self {
+        Self {
+            group,
+            cpu_time: cpu_time_of_group(group),
+        }
+    }
+
+    /// Begins to watch the group of this process.
+    pub fn of_this_group() -> Self {
+        // SAFETY: it takes no pointer.
+        Self::of_group(unsafe { libc::getpgrp() })
+    }
+
+    /// Whether the group has used a hundredth of `time` since the last call, or since the beginning.
+    pub fn is_made(&mut self, time: Duration) -> bool {
+        let before = self.cpu_time;
+        self.cpu_time = cpu_time_of_group(self.group);
+        // Processes that have ended are not counted any more: that is progress, too.
+        self.cpu_time.abs_diff(before) >= time / 100
+    }
+}
+
 /// The CPU time that the living processes of a process group have used.
-pub fn cpu_time_of_group(group: libc::pid_t) -> Duration {
+fn cpu_time_of_group(group: libc::pid_t) -> Duration {
     // SAFETY: it takes no pointer.
     let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     let ticks: u64 = fs::read_dir("/proc")

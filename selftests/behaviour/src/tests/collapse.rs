@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kdp_vmm::{Order, Touch};
-use kvm_demand_paging::{Backing, PageRange, State};
+use kvm_demand_paging::{Backing, Memslot, PageRange, State};
 
 use crate::check::Result;
 use crate::guest;
@@ -337,7 +337,7 @@ fn only_whole_blocks() -> Result {
 ///
 /// Nothing else is there that anybody uses.
 pub(super) unsafe fn map(
-    slot: &Slot,
+    memslot: &Memslot,
     at: Option<*mut u8>,
     first: u64,
     pages: u64,
@@ -350,7 +350,7 @@ pub(super) unsafe fn map(
             (pages * PAGE) as usize,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | fixed,
-            slot.memslot.as_fd().as_raw_fd(),
+            memslot.as_fd().as_raw_fd(),
             (first * PAGE) as libc::off_t,
         )
     };
@@ -393,7 +393,7 @@ fn part_of_a_memslot() -> Result {
     let space = reserve(pages + 2 * BLOCK)?;
     let base = space.wrapping_add(2 << 20);
     // SAFETY: in the middle of what was reserved.
-    unsafe { map(&slot, Some(base), first, pages)? };
+    unsafe { map(&slot.memslot, Some(base), first, pages)? };
     slot.mark(State::Present, first)?;
     touch(at(base, 0))?;
     slot.mark_range(State::Present, PageRange::new(0, BLOCKS * BLOCK))?;
@@ -414,7 +414,7 @@ fn out_of_step() -> Result {
     let slot = Slot::new(Backing::Huge2M, pages)?;
     let base = reserve(pages + BLOCK)?.wrapping_add(PAGE as usize);
     // SAFETY: inside what was reserved.
-    unsafe { map(&slot, Some(base), 0, pages)? };
+    unsafe { map(&slot.memslot, Some(base), 0, pages)? };
     slot.mark(State::Present, 0)?;
     touch(at(base, 0))?;
     slot.mark_range(State::Present, PageRange::new(0, pages))?;
@@ -552,7 +552,7 @@ fn never_replaces_others() -> Result {
             }
             // SAFETY: reserved by this test; its threads know that anything may be there.
             unsafe {
-                map(&slot, Some(base as *mut u8), 0, pages)?;
+                map(&slot.memslot, Some(base as *mut u8), 0, pages)?;
                 for _ in 0..round % 7 {
                     std::thread::yield_now();
                 }
