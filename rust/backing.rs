@@ -80,30 +80,27 @@ impl Backing {
         self.memfd.order()
     }
 
-    /// log2 of the pages of the largest block that may be mapped by one entry. On shmem that depends on
-    /// each folio; and blocks of the memslot must be blocks of the memfd.
+    /// Whether blocks may be mapped by one entry. On shmem that depends on each folio, too; and blocks of
+    /// the memslot must be blocks of the memfd.
     #[inline]
-    pub(crate) fn block_order(&self) -> u32 {
-        if self.is_charged() && self.offset % BLOCK_PAGES == 0 {
-            PMD_ORDER
-        } else {
-            self.order()
-        }
+    pub(crate) fn may_have_blocks(&self) -> bool {
+        self.has_blocks() || self.is_charged() && self.offset % BLOCK_PAGES == 0
     }
 
-    /// The first frame of the block of `1 << order` pages around a page whose frame this is, if one folio
-    /// holds all of it.
+    /// Whether every folio consists of blocks: a hugetlb page of 2 MiB is one, a page of 1 GiB is 512.
     #[inline]
-    pub(crate) fn block_around<'a>(
-        &self,
-        frame: Pfn<'a>,
-        page: u64,
-        order: u32,
-    ) -> Option<Pfn<'a>> {
-        if order <= self.order() {
-            return Some(frame.sub(page & ((1 << order) - 1)));
+    fn has_blocks(&self) -> bool {
+        self.order() >= PMD_ORDER
+    }
+
+    /// The first frame of the block around a page whose frame this is, if one folio holds all of it.
+    #[inline]
+    pub(crate) fn block_around<'a>(&self, frame: Pfn<'a>, page: u64) -> Option<Pfn<'a>> {
+        if self.has_blocks() {
+            return Some(frame.sub(page & (BLOCK_PAGES - 1)));
         }
-        self.memfd.block_around(frame, self.offset + page, order)
+        self.memfd
+            .block_around(frame, self.offset + page, PMD_ORDER)
     }
 
     /// Pins all pages of a block of which [`Self::block_around`] has given the first frame; whether that was
@@ -129,10 +126,10 @@ impl Backing {
 
     /// Whether one entry could map a block, from what is known without pinning any of it.
     pub(crate) fn may_be_block(&self, pages: &Pages, block: PageRange) -> bool {
-        if self.order() >= PMD_ORDER {
+        if self.has_blocks() {
             return true;
         }
-        if self.block_order() < PMD_ORDER {
+        if !self.may_have_blocks() {
             return false;
         }
         let page = self.next_pinned(pages, block.first(), block.last() + 1);
@@ -143,7 +140,7 @@ impl Backing {
         let pins = pages.pins.get(leaf);
         let first = pins
             .and_then(|pins| pins.get(at))
-            .and_then(|frame| self.block_around(frame, page, PMD_ORDER));
+            .and_then(|frame| self.block_around(frame, page));
         pins.zip(first)
             .is_some_and(|(pins, first)| pins.missing(first).is_some())
     }

@@ -28,46 +28,46 @@ use crate::{
     memslot::Memslot,
     pages::Pages,
     rules::{
-        collapse::widest,
+        collapse::{
+            widest,
+            BLOCK_PAGES, //
+        },
         range::PageRange, //
     },
 };
 use kernel::sync::ArcBorrow;
 
-/// A fault has mapped a page, or a block of `1 << order` pages: if the next larger block around it is
-/// whole, it shall be mapped by one entry. `frame` is the page's, and `word` holds the present bits around
-/// it, which say "no" nearly always.
+/// A fault has mapped a page: if the block around it is whole, it shall be mapped by one entry. `frame` is
+/// the page's, and `word` holds the present bits around it, which say "no" nearly always.
 #[inline(always)]
 pub(crate) fn consider(
     slot: &Memslot,
     pages: &Pages,
     fault: &Fault<'_>,
-    order: u32,
     frame: Pfn<'_>,
     word: u64,
 ) {
     if word == u64::MAX {
-        consider_block(slot, pages, fault, order, frame);
+        consider_block(slot, pages, fault, frame);
     }
 }
 
 #[inline(never)]
-fn consider_block(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, order: u32, frame: Pfn<'_>) {
-    let next = remap::next_order(order);
-    if next <= order || next > slot.backing.block_order() {
+fn consider_block(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, frame: Pfn<'_>) {
+    if !slot.backing.may_have_blocks() {
         return;
     }
     let page = fault.pgoff();
-    let Some(first) = slot.backing.block_around(frame, page, next) else {
+    let Some(first) = slot.backing.block_around(frame, page) else {
         return;
     };
     let block = fault
-        .block(next)
-        .and_then(|first| slot.range(first, 1 << next));
+        .block()
+        .and_then(|first| slot.range(first, BLOCK_PAGES));
     if block.is_some_and(|block| pages.all_mappable(block))
         && slot.backing.pin_block(pages, page, first)
     {
-        remap::request::<Memslot>(&slot.remapper, fault, next);
+        remap::request::<Memslot>(&slot.remapper, fault);
     }
 }
 
@@ -88,7 +88,7 @@ pub(crate) fn renew(slot: &Memslot, spot: &Spot) {
     let Some(range) = widest(spot.page(), slot.place.nr_pages, is_whole) else {
         return;
     };
-    if range.count() >> spot.order() > 0 && spot.renew(&slot.remapper, range).is_ok() {
+    if range.count() >= BLOCK_PAGES && spot.renew(&slot.remapper, range).is_ok() {
         slot.stats.collapses().add(1);
         trace::collapse(slot.place.id, range.first(), range.count());
     }

@@ -30,6 +30,7 @@ use crate::{
     moving::ON_ITS_WAY,
     pages::Pages,
     rules::{
+        collapse::BLOCK_PAGES,
         queue::EnterError,
         range::PageRange,
         touch::{
@@ -86,24 +87,24 @@ impl Mapping for MemoryMapping {
         }
     }
 
-    fn huge_fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, order: u32) -> Outcome {
-        if order > slot.backing.block_order() {
+    fn huge_fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
+        if !slot.backing.may_have_blocks() {
             return Outcome::Fallback;
         }
         let block = fault
-            .block(order)
-            .and_then(|first| slot.range(first, 1 << order));
+            .block()
+            .and_then(|first| slot.range(first, BLOCK_PAGES));
         let Some(block) = block else {
             return Outcome::Fallback;
         };
         let page = fault.pgoff();
         // A block that cannot be mapped keeps nobody out.
         let pages = slot.pages.read();
-        if block_frame(&slot, &pages, page, order, block).is_none() {
+        if block_frame(&slot, &pages, page, block).is_none() {
             let source = pages.source().cloned();
             drop(pages);
             return match source {
-                Some(source) => help(slot, fault, &source, order, block),
+                Some(source) => help(slot, fault, &source, block),
                 None => Outcome::Fallback,
             };
         }
@@ -111,19 +112,18 @@ impl Mapping for MemoryMapping {
         // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
         // cannot tell (walk_to_pmd() in mm/memory.c).
         let pages = slot.pages.write();
-        let first = block_frame(&slot, &pages, page, order, block)
+        let first = block_frame(&slot, &pages, page, block)
             .filter(|&first| slot.backing.pin_block(&pages, page, first));
         let Some(frame) = first else {
             return Outcome::Fallback;
         };
-        let outcome = fault.insert_block(frame, order);
+        let outcome = fault.insert_block(frame);
         if outcome == Outcome::Fallback {
             return outcome;
         }
-        collapse::consider(&slot, &pages, &fault, order, frame, u64::MAX);
         ahead::consider(slot, &pages, page);
         drop(pages);
-        mapped(&slot, fault, page, order, outcome)
+        mapped(&slot, fault, page, PMD_ORDER, outcome)
     }
 }
 
@@ -133,7 +133,6 @@ fn block_frame<'a>(
     slot: &Memslot,
     pages: &'a Pages,
     page: u64,
-    order: u32,
     block: PageRange,
 ) -> Option<Pfn<'a>> {
     // A huge page that is being moved is in two.
@@ -141,7 +140,7 @@ fn block_frame<'a>(
         return None;
     }
     let frame = slot.backing.frame(pages, page).ok()?;
-    slot.backing.block_around(frame, page, order)
+    slot.backing.block_around(frame, page)
 }
 
 /// KVM brings a page in for a guest: a stage-2 fault, or a page that it shares with the guest. Only
@@ -271,7 +270,7 @@ fn insert(
         Outcome::Mapped
     } else {
         let outcome = fault.insert_pfn(frame);
-        collapse::consider(&slot, pages, fault, 0, frame, around());
+        collapse::consider(&slot, pages, fault, frame, around());
         outcome
     };
     ahead::consider(slot, pages, fault.pgoff());
@@ -353,10 +352,9 @@ fn help(
     slot: ArcBorrow<'_, Memslot>,
     fault: Fault<'_>,
     source: &Arc<Source>,
-    order: u32,
     block: PageRange,
 ) -> Outcome {
-    if order != PMD_ORDER || !fault.may_retry() || fault.no_wait() || !source.comes_to(block) {
+    if !fault.may_retry() || fault.no_wait() || !source.comes_to(block) {
         return Outcome::Fallback;
     }
     unlocked(slot, fault, |slot| ahead::help(slot, source, block))

@@ -95,12 +95,10 @@ void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
 			    insert_around, &around);
 }
 
-/* Whether nothing is mapped yet at the size of a huge fault. */
-bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order)
+/* Whether nothing is mapped yet where a block could be. */
+bool kdp_fault_is_empty(const struct vm_fault *vmf)
 {
-	if (order == PMD_ORDER)
-		return pmd_none(pmdp_get_lockless(vmf->pmd));
-	return pud_none(READ_ONCE(*vmf->pud));
+	return pmd_none(pmdp_get_lockless(vmf->pmd));
 }
 
 void kdp_release_fault_lock(struct vm_fault *vmf)
@@ -132,22 +130,6 @@ void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags)
 	vm_flags_set(vma, flags);
 }
 
-/* As thp_get_unmapped_area(), for blocks of more than a PMD, too. */
-unsigned long kdp_get_unmapped_area(struct file *file, unsigned long address,
-				    unsigned long bytes, unsigned long pgoff,
-				    unsigned long flags, unsigned int order)
-{
-	unsigned long size = PAGE_SIZE << order, found;
-
-	if (order > PMD_ORDER && !address && !(flags & MAP_FIXED) &&
-	    bytes >= size && bytes + size > bytes) {
-		found = mm_get_unmapped_area(file, 0, bytes + size, pgoff, flags);
-		if (!IS_ERR_VALUE(found))
-			return found + (((pgoff << PAGE_SHIFT) - found) & (size - 1));
-	}
-	return thp_get_unmapped_area(file, address, bytes, pgoff, flags);
-}
-
 /* Whether huge faults reach the area's handler at all. */
 bool kdp_vma_may_be_huge(struct vm_area_struct *vma)
 {
@@ -155,11 +137,10 @@ bool kdp_vma_may_be_huge(struct vm_area_struct *vma)
 }
 
 /*
- * Whether there is a page table where an entry of @order could be. The mmap
- * lock of @mm is held, and an area is mapped at @address.
+ * Whether there is a page table where a block could be mapped by one entry. The
+ * mmap lock of @mm is held, and an area is mapped at @address.
  */
-bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
-			unsigned int order)
+bool kdp_has_page_table(struct mm_struct *mm, unsigned long address)
 {
 	pgd_t *pgd = pgd_offset(mm, address);
 	p4d_t *p4d;
@@ -174,8 +155,6 @@ bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
 	pud = READ_ONCE(*pud_offset(p4d, address));
 	if (!pud_present(pud) || pud_leaf(pud))
 		return false;
-	if (order == PUD_ORDER)
-		return true;
 	pmd = pmdp_get_lockless(pmd_offset(&pud, address));
 	return pmd_present(pmd) && !pmd_leaf(pmd);
 }

@@ -24,17 +24,13 @@ bool kdp_fault_is_in_block(const struct vm_fault *vmf);
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address);
 void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
 		     const unsigned long *pfns, u64 there);
-bool kdp_fault_is_empty(const struct vm_fault *vmf, unsigned int order);
+bool kdp_fault_is_empty(const struct vm_fault *vmf);
 void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
 pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma);
 void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags);
-unsigned long kdp_get_unmapped_area(struct file *file, unsigned long address,
-				    unsigned long bytes, unsigned long pgoff,
-				    unsigned long flags, unsigned int order);
 bool kdp_vma_may_be_huge(struct vm_area_struct *vma);
-bool kdp_has_page_table(struct mm_struct *mm, unsigned long address,
-			unsigned int order);
+bool kdp_has_page_table(struct mm_struct *mm, unsigned long address);
 void kdp_mmap_read_lock(struct mm_struct *mm);
 void kdp_mmap_read_unlock(struct mm_struct *mm);
 int kdp_map_count(const struct mm_struct *mm);

@@ -175,7 +175,7 @@ fn turn_into(
     if slot.lost_failure.take(page) {
         return None;
     }
-    let spot = Spot::of(&fault, remap::next_order(0))?;
+    let spot = Spot::of(&fault)?;
     // The mapping, and with it the memslot's file, may go meanwhile.
     let slot: Arc<Memslot> = slot.into();
     fault.release_lock();

@@ -732,10 +732,6 @@ impl FileOps for Memslot {
 
     fn left_by(_this: ArcBorrow<'_, Self>, _reader: Owner) {}
 
-    fn block_order(&self) -> u32 {
-        self.backing.block_order()
-    }
-
     fn remapper(&self) -> Option<&Remapper> {
         Some(&self.remapper)
     }

@@ -80,11 +80,6 @@ pub(crate) trait FileOps: Send + Sync + Sized + 'static {
     /// Describes the file in /proc/PID/fdinfo.
     fn fdinfo(this: ArcBorrow<'_, Self>, m: &SeqFile);
 
-    /// log2 of the pages of the largest block that a mapping may hold: mmap() aligns to it.
-    fn block_order(&self) -> u32 {
-        0
-    }
-
     /// What remaps its ranges, if anything does.
     fn remapper(&self) -> Option<&Remapper> {
         None
@@ -247,9 +242,7 @@ impl<F: FileOps, D> Fops<F, D> {
         let this = unsafe { borrow::<F>(file) };
         let Some(remapper) = this.remapper().filter(|r| r.is_ours()) else {
             // SAFETY: By the caller's promise.
-            return unsafe {
-                c::kdp_get_unmapped_area(file, address, bytes, pgoff, flags, this.block_order())
-            };
+            return unsafe { bindings::thp_get_unmapped_area(file, address, bytes, pgoff, flags) };
         };
         // SAFETY: By the caller's promise, and as just seen.
         let verified = unsafe { remapper.verify(file, address, bytes, pgoff as u64) };

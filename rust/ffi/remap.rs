@@ -85,6 +85,9 @@ const PUT_BACK: vm_flags_t =
 /// A process may have 65,530 areas (/proc/sys/vm/max_map_count). This many are left for others.
 const CROWDED: i32 = 32_768;
 
+/// No address of a page.
+const NO_TABLE: usize = usize::MAX;
+
 /// A file whose ranges can be mapped anew.
 pub(crate) trait Remap: FileOps {
     /// Decides what to map anew around a page that a fault has mapped small, and does it.
@@ -111,9 +114,8 @@ pub(crate) struct Remapper {
     /// and it alone reads and writes the other fields: relaxed.
     thread: Atomic<usize>,
     flags: Atomic<vm_flags_t>,
+    /// Where a page table must be; [`NO_TABLE`] if there need not be one.
     table_at: Atomic<usize>,
-    /// 0 if there need not be one.
-    table_order: Atomic<u32>,
     makes_lost: Atomic<bool>,
     /// The last request that is pending: a thread that faults many times before it goes back to user mode
     /// asks once for a block. A guess that only saves work: relaxed.
@@ -126,8 +128,7 @@ impl Remapper {
             turn <- new_mutex!((), "kdp_remap"),
             thread: Atomic::new(0),
             flags: Atomic::new(0),
-            table_at: Atomic::new(0),
-            table_order: Atomic::new(0),
+            table_at: Atomic::new(NO_TABLE),
             makes_lost: Atomic::new(false),
             pending: Atomic::new(0),
         })
@@ -165,16 +166,16 @@ impl Remapper {
         bytes: usize,
         pgoff: u64,
     ) -> Result<usize> {
-        let (at, order) = (self.table_at.load(Relaxed), self.table_order.load(Relaxed));
+        let at = self.table_at.load(Relaxed);
         // SAFETY: By the caller's promise.
         let (mm, still) = unsafe {
             let mm = c::kdp_current_mm();
             (mm, areas(mm, file, address, bytes, pgoff))
         };
-        let table = order == 0
+        let table = at == NO_TABLE
             || (address..address + bytes).contains(&at)
                 // SAFETY: By the caller's promise; there is an area at that address.
-                && unsafe { c::kdp_has_page_table(mm, at, order) };
+                && unsafe { c::kdp_has_page_table(mm, at) };
         match still {
             Some((flags, _)) if flags == self.flags.load(Relaxed) && table => Ok(address),
             _ => Err(EAGAIN),
@@ -182,20 +183,18 @@ impl Remapper {
     }
 
     /// Maps a range of the current thread's own address space, whose areas have these flags, anew as another kind or
-    /// the same; with a `table`, an address and an order, only if it is what stands in the way there. EAGAIN if it is no
+    /// the same; with a `table`, an address, only if a page table stands in the way of a block there. EAGAIN if it is no
     /// longer what it was. The caller has the turn.
     fn map(
         &self,
         _turn: &Guard<'_, (), MutexBackend>,
         file: &RawFile,
         place: &Mapped,
-        table: Option<(usize, u32)>,
+        table: Option<usize>,
         kind: Kind,
     ) -> Result {
-        let (table_at, table_order) = table.unwrap_or((0, 0));
         self.flags.store(place.flags, Relaxed);
-        self.table_at.store(table_at, Relaxed);
-        self.table_order.store(table_order, Relaxed);
+        self.table_at.store(table.unwrap_or(NO_TABLE), Relaxed);
         self.makes_lost.store(kind == Kind::Lost, Relaxed);
         self.thread.store(current_number(), Relaxed);
         // SAFETY: The file is valid. What is replaced is a mapping of the same pages of the same file: `verify()` sees
@@ -417,16 +416,16 @@ struct Request {
 }
 
 /// Has [`Remap::remap`] called when the current thread goes back to user mode, if the fault is of its own
-/// address space and a page table stands where a block of `1 << order` pages could be mapped.
-pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>, order: u32) {
-    let note = Remapper::note(fault.pgoff() >> order);
+/// address space and a page table stands where a block could be mapped.
+pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>) {
+    let note = Remapper::note(fault.pgoff() >> PMD_ORDER);
     if remapper.pending.load(Relaxed) == note {
         return;
     }
     if !fault.may_be_huge_on_return() {
         return;
     }
-    let Some(spot) = Spot::of(fault, order) else {
+    let Some(spot) = Spot::of(fault) else {
         return;
     };
     let request = Request {
@@ -487,31 +486,23 @@ pub(crate) struct Spot {
     mm: *mut bindings::mm_struct,
     address: usize,
     pgoff: u64,
-    order: u32,
 }
 
 impl Spot {
-    /// Where a fault is, in a block of `1 << order` pages that might be mapped at once; none if it is in another address
-    /// space.
-    pub(crate) fn of(fault: &Fault<'_>, order: u32) -> Option<Self> {
+    /// Where a fault is; none if it is in another address space.
+    pub(crate) fn of(fault: &Fault<'_>) -> Option<Self> {
         Some(Self {
             file: fault.file_if_own()?,
             // SAFETY: Always safe to call.
             mm: unsafe { c::kdp_current_mm() },
             address: fault.address(),
             pgoff: fault.pgoff(),
-            order,
         })
     }
 
     /// The page, as an offset in the file.
     pub(crate) fn page(&self) -> u64 {
         self.pgoff
-    }
-
-    /// log2 of the pages of the block that could be mapped at once.
-    pub(crate) fn order(&self) -> u32 {
-        self.order
     }
 
     /// Where a range is: its address and its length in bytes.
@@ -540,8 +531,7 @@ impl Spot {
         if place.areas == 1 && is_crowded(self.mm) {
             return Err(ENOSPC);
         }
-        let table = Some((self.address, self.order));
-        remapper.map(&turn, &self.file, &place, table, Kind::Memory)
+        remapper.map(&turn, &self.file, &place, Some(self.address), Kind::Memory)
     }
 
     /// Makes the page an area of this kind, if it is not in one yet. EAGAIN if something else is mapped there by now. No
@@ -557,14 +547,5 @@ impl Spot {
             return Err(ENOSPC);
         }
         remapper.map(&turn, &self.file, &place, None, kind)
-    }
-}
-
-/// log2 of the pages of the next larger block that a page table entry can map.
-pub(crate) fn next_order(order: u32) -> u32 {
-    if order < PMD_ORDER {
-        PMD_ORDER
-    } else {
-        super::vma::PUD_ORDER
     }
 }

@@ -239,36 +239,29 @@ impl Fault<'_> {
         }
     }
 
-    /// The block of `1 << order` pages around the fault, as offsets in the file, if the whole of it
+    /// The block around the fault, by its first page as an offset in the file, if the whole of it
     /// lies in the area and addresses and offsets are aligned alike.
-    pub(crate) fn block(&self, order: u32) -> Option<u64> {
-        let size = PAGE_SIZE << order;
+    pub(crate) fn block(&self) -> Option<u64> {
+        let size = PAGE_SIZE << PMD_ORDER;
         let start = self.info().address & !(size - 1);
         let into = (self.info().address - start) / PAGE_SIZE;
         let first = self.pgoff().checked_sub(into as u64)?;
-        let aligned = first & ((1 << order) - 1) == 0;
+        let aligned = first & ((1 << PMD_ORDER) - 1) == 0;
         let inside = start >= self.vma().start() && start + size <= self.vma().end();
         (aligned && inside).then_some(first)
     }
 
-    /// Maps the block of `1 << order` page frames that starts at `pfn`. Where something is mapped
-    /// already, a page table or a block that was made read-only, a smaller page is asked for.
-    pub(crate) fn insert_block(&self, pfn: Pfn<'_>, order: u32) -> Outcome {
-        // SAFETY: The fault is being handled (type invariant), and `order` is that of the call.
-        if !unsafe { c::kdp_fault_is_empty(self.raw, order) } {
+    /// Maps the block of page frames that starts at `pfn`, in a [`Mapping::huge_fault`]. Where something
+    /// is mapped already, a page table or a block that was made read-only, a smaller page is asked for.
+    pub(crate) fn insert_block(&self, pfn: Pfn<'_>) -> Outcome {
+        // SAFETY: The fault is being handled (type invariant).
+        if !unsafe { c::kdp_fault_is_empty(self.raw) } {
             return Outcome::Fallback;
         }
         // Not for writing: insert_pmd() would warn if another thread has put a page table there
         // meanwhile. The area's own protection makes the entry writable all the same.
-        // SAFETY: As in `insert_pfn()`; the order is that of the handler's call, so the page table
-        // entry that `raw` names is of that size.
-        Outcome::from_insert(unsafe {
-            match order {
-                PMD_ORDER => bindings::vmf_insert_pfn_pmd(self.raw, pfn.number, false),
-                PUD_ORDER => bindings::vmf_insert_pfn_pud(self.raw, pfn.number, false),
-                _ => return Outcome::Fallback,
-            }
-        })
+        // SAFETY: As in `insert_pfn()`; `raw` names a PMD, as no `Fault` is made of other huge faults.
+        Outcome::from_insert(unsafe { bindings::vmf_insert_pfn_pmd(self.raw, pfn.number, false) })
     }
 
     /// Maps a page of ours, refcounted, where the fault is.
@@ -292,10 +285,15 @@ impl Fault<'_> {
     }
 }
 
-/// log2 of the pages that a PMD maps.
+/// log2 of the pages of a block, which is what a PMD maps. The module makes no larger entry, also where
+/// the folio is larger.
+///
+/// An entry in a PUD (`vmf_insert_pfn_pud()`) is not safe in Linux 7.3:
+/// - mremap() takes it for a bad page table and clears it without a flush (`get_old_pud()` in
+///   mm/mremap.c). The old address then still reaches the memory, also after it was unpinned.
+/// - A split of the area at an address that is not aligned to a PMD takes the mapped memory for a page
+///   table (`split_huge_pmd_address()` in mm/huge_memory.c), and may loop for ever.
 pub(crate) const PMD_ORDER: u32 = 9;
-/// log2 of the pages that a PUD maps.
-pub(crate) const PUD_ORDER: u32 = 18;
 
 /// Handles the faults of a kind of mapping.
 pub(crate) trait Mapping: 'static {
@@ -314,8 +312,8 @@ pub(crate) trait Mapping: 'static {
     /// A fault of one page.
     fn fault(owner: ArcBorrow<'_, Self::Owner>, fault: Fault<'_>) -> Outcome;
 
-    /// A fault where a block of `1 << order` pages could be mapped.
-    fn huge_fault(_owner: ArcBorrow<'_, Self::Owner>, _fault: Fault<'_>, _order: u32) -> Outcome {
+    /// A fault where a block of `1 << PMD_ORDER` pages could be mapped.
+    fn huge_fault(_owner: ArcBorrow<'_, Self::Owner>, _fault: Fault<'_>) -> Outcome {
         Outcome::Fallback
     }
 }
@@ -384,9 +382,12 @@ impl<M: Mapping> Ops<M> {
         raw: *mut bindings::vm_fault,
         order: c_uint,
     ) -> bindings::vm_fault_t {
+        if order != PMD_ORDER {
+            return Outcome::Fallback.into_raw();
+        }
         // SAFETY: By the caller's promise.
         let (owner, fault) = unsafe { Self::enter(raw) };
-        M::huge_fault(owner, fault, order).into_raw()
+        M::huge_fault(owner, fault).into_raw()
     }
 }
 

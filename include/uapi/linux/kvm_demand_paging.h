@@ -430,10 +430,9 @@ struct kdp_vcpu_exits {
  *
  * Have blocks mapped by one entry that are mapped by single pages. A block is
  * what one page table entry can map, 2 MiB, on a memfd of huge pages, or of
- * shmem where it holds a folio of that size; on one of
- * 1 GiB pages it may become a part of an entry of 1 GiB. It is whole when all
- * its pages are present. Whole blocks are unmapped from every process, and each
- * process maps them by one entry at its next touches.
+ * shmem where it holds a folio of that size; a page of 1 GiB is 512 blocks. It
+ * is whole when all its pages are present. Whole blocks are unmapped from every
+ * process, and each process maps them by one entry at its next touches.
  *
  * That happens by itself to a block that is touched, or made whole by KDP_MARK,
  * so this is for blocks that became whole by bits set by hand and of which only

@@ -17,6 +17,7 @@ mod emulator;
 mod guest;
 mod handler;
 mod harness;
+mod kernel_log;
 mod link;
 mod linux;
 mod numa;

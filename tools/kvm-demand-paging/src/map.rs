@@ -120,13 +120,14 @@ impl Drop for Mapping {
     }
 }
 
-/// The alignment that lets the kernel use the largest page that fits into `len` bytes.
+/// The alignment that lets the kernel map blocks of 2 MiB by one entry, if `len` bytes hold one.
 pub(crate) fn huge_align(len: usize) -> usize {
-    const SIZES: [usize; 2] = [1 << 30, 2 << 20];
-    SIZES
-        .into_iter()
-        .find(|size| len >= *size)
-        .unwrap_or(PAGE_SIZE)
+    const BLOCK: usize = 2 << 20;
+    if len < BLOCK {
+        PAGE_SIZE
+    } else {
+        BLOCK
+    }
 }
 
 macro_rules! accessors {

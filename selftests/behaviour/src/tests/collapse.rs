@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kdp_vmm::{Order, Touch};
-use kvm_demand_paging::{Backing, PageRange, State};
+use kvm_demand_paging::{Backing, Memslot, PageRange, State};
 
 use crate::check::Result;
 use crate::guest;
@@ -74,15 +74,11 @@ fn mixed(pages: u64) -> impl Iterator<Item = u64> {
 /// They visit every `step`th page; the others are present before, so that large memory does not take the
 /// emulator more world switches than it survives (see emulator.rs).
 fn random_guests(backing: Backing, pages: u64, step: u64, exits: bool) -> Result {
-    let block = match backing {
-        Backing::Huge1G => GIGANTIC,
-        _ => BLOCK,
-    };
-    random_guests_on(&Slot::new(backing, pages)?, block, step, exits)
+    random_guests_on(&Slot::new(backing, pages)?, step, exits)
 }
 
-/// The same in a memslot that is there, where one entry maps a block of so many pages.
-pub(super) fn random_guests_on(slot: &Arc<Slot>, block: u64, step: u64, exits: bool) -> Result {
+/// The same in a memslot that is there.
+pub(super) fn random_guests_on(slot: &Arc<Slot>, step: u64, exits: bool) -> Result {
     const VCPUS: u64 = 4;
     let pages = slot.guest.pages();
     let some = |page: u64| page % step == 0;
@@ -134,12 +130,11 @@ pub(super) fn random_guests_on(slot: &Arc<Slot>, block: u64, step: u64, exits: b
         );
     }
     let now = kvm_pages()?;
-    let huge = (now.1 - entries.1, now.2 - entries.2);
-    let expected = match block {
-        GIGANTIC => (0, pages / GIGANTIC),
-        _ => (pages / BLOCK, 0),
-    };
-    ensure_eq!(huge, expected, "entries of 2 MiB and of 1 GiB");
+    ensure_eq!(
+        (now.1 - entries.1, now.2 - entries.2),
+        (pages / BLOCK, 0),
+        "entries of 2 MiB and of 1 GiB"
+    );
     // The first page had one, and each vCPU's program needs a few of its own.
     ensure!(
         now.0 < entries.0 + 8 * VCPUS,
@@ -341,7 +336,12 @@ fn only_whole_blocks() -> Result {
 /// # Safety
 ///
 /// Nothing else is there that anybody uses.
-unsafe fn map(slot: &Slot, at: Option<*mut u8>, first: u64, pages: u64) -> Result<*mut u8> {
+pub(super) unsafe fn map(
+    memslot: &Memslot,
+    at: Option<*mut u8>,
+    first: u64,
+    pages: u64,
+) -> Result<*mut u8> {
     let fixed = if at.is_some() { libc::MAP_FIXED } else { 0 };
     // SAFETY: by the caller's promise, or the kernel chooses.
     let address = unsafe {
@@ -350,7 +350,7 @@ unsafe fn map(slot: &Slot, at: Option<*mut u8>, first: u64, pages: u64) -> Resul
             (pages * PAGE) as usize,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | fixed,
-            slot.memslot.as_fd().as_raw_fd(),
+            memslot.as_fd().as_raw_fd(),
             (first * PAGE) as libc::off_t,
         )
     };
@@ -393,7 +393,7 @@ fn part_of_a_memslot() -> Result {
     let space = reserve(pages + 2 * BLOCK)?;
     let base = space.wrapping_add(2 << 20);
     // SAFETY: in the middle of what was reserved.
-    unsafe { map(&slot, Some(base), first, pages)? };
+    unsafe { map(&slot.memslot, Some(base), first, pages)? };
     slot.mark(State::Present, first)?;
     touch(at(base, 0))?;
     slot.mark_range(State::Present, PageRange::new(0, BLOCKS * BLOCK))?;
@@ -414,7 +414,7 @@ fn out_of_step() -> Result {
     let slot = Slot::new(Backing::Huge2M, pages)?;
     let base = reserve(pages + BLOCK)?.wrapping_add(PAGE as usize);
     // SAFETY: inside what was reserved.
-    unsafe { map(&slot, Some(base), 0, pages)? };
+    unsafe { map(&slot.memslot, Some(base), 0, pages)? };
     slot.mark(State::Present, 0)?;
     touch(at(base, 0))?;
     slot.mark_range(State::Present, PageRange::new(0, pages))?;
@@ -552,7 +552,7 @@ fn never_replaces_others() -> Result {
             }
             // SAFETY: reserved by this test; its threads know that anything may be there.
             unsafe {
-                map(&slot, Some(base as *mut u8), 0, pages)?;
+                map(&slot.memslot, Some(base as *mut u8), 0, pages)?;
                 for _ in 0..round % 7 {
                     std::thread::yield_now();
                 }

@@ -13,7 +13,7 @@ use crate::check::Result;
 use crate::content;
 use crate::guest;
 use crate::harness::rounds;
-use crate::slot::{Slot, BLOCK, GIGANTIC, GPA, ID, PAGE, WINDOW};
+use crate::slot::{Slot, BLOCK, GPA, ID, PAGE, WINDOW};
 use crate::sys::{self, Touched};
 use crate::tables::{kvm_pages, page_tables};
 use crate::task::{until, Task};
@@ -24,17 +24,14 @@ tests! {
     "huge-absent-page-splits-its-block" => absent_page_splits_its_block,
     "huge-absent-page-splits-its-block-for-guests" => absent_page_splits_for_guests,
     "huge-whole-block-under-paging" => whole_block_under_paging,
-    "huge-plain-mmap-is-aligned" => plain_mmap_is_aligned,
+    "huge-plain-mmap-is-aligned" => || plain_mmap_is_aligned(Backing::Huge2M, BLOCKS * BLOCK),
     "huge-off-after-small-pages" => off_after_small_pages,
     "huge-first-touches-keep-reservations" => first_touches_keep_reservations,
-    "huge-1g-mmap-is-aligned" => gigantic_mmap_is_aligned,
-    "huge-1g-off-maps-one-entry" => gigantic_off_maps_one_entry,
-    "huge-1g-absent-page-splits-twice" => gigantic_absent_page_splits,
 }
 
 const BLOCKS: u64 = 4;
 
-fn touch(slot: &Slot, page: u64) -> Result {
+pub(super) fn touch(slot: &Slot, page: u64) -> Result {
     match sys::load(slot.address(page)) {
         Touched::Value(_) => Ok(()),
         other => fail!("page {page}: {other:x?}"),
@@ -74,7 +71,7 @@ fn first_touches_keep_reservations() -> Result {
 }
 
 /// Faults that mapped a page, and faults that mapped a block.
-fn faults(slot: &Slot) -> Result<(u64, u64)> {
+pub(super) fn faults(slot: &Slot) -> Result<(u64, u64)> {
     Ok((slot.counter("faults")?, slot.counter("faults-huge")?))
 }
 
@@ -201,8 +198,8 @@ fn whole_block_under_paging() -> Result {
 }
 
 /// mmap() of a memslot without a wish for an address gives one that huge entries fit to.
-fn plain_mmap_is_aligned() -> Result {
-    let slot = Slot::with(Backing::Huge2M, BLOCKS * BLOCK, |b| b.paging(false))?;
+pub(super) fn plain_mmap_is_aligned(backing: Backing, pages: u64) -> Result {
+    let slot = Slot::with(backing, pages, |b| b.paging(false))?;
     let bytes = slot.guest.len();
     for _ in 0..4 {
         // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses. The mapping stays until
@@ -247,90 +244,6 @@ fn plain_mmap_is_aligned() -> Result {
             "faults of the new mapping"
         );
     }
-    Ok(())
-}
-
-/// mmap() of a memslot on 1 GiB pages gives an address that an entry of 1 GiB fits to.
-fn gigantic_mmap_is_aligned() -> Result {
-    let slot = Slot::with(Backing::Huge1G, GIGANTIC, |b| b.paging(false))?;
-    let mut other = Vec::new();
-    for _ in 0..3 {
-        other.push(slot.memslot.map()?);
-        // Something small in between, so that no address is aligned by chance.
-        other.push(Slot::new(Backing::Shmem, 1)?.memslot.map()?);
-    }
-    for map in other.iter().step_by(2) {
-        ensure_eq!(
-            map.as_ptr() as usize % (1 << 30),
-            0,
-            "the address's place in 1 GiB"
-        );
-        ensure!(
-            matches!(sys::load(map.as_ptr().cast()), Touched::Value(_)),
-            "the mapping cannot be read"
-        );
-    }
-    ensure_eq!(faults(&slot)?, (0, 3), "faults of pages and of blocks");
-    Ok(())
-}
-
-/// A memslot on 1 GiB pages is one fault, and for a guest one entry of stage-2.
-fn gigantic_off_maps_one_entry() -> Result {
-    let slot = Slot::with(Backing::Huge1G, GIGANTIC, |b| b.paging(false))?;
-    let before = page_tables()?;
-    for page in (0..GIGANTIC).step_by(1000) {
-        touch(&slot, page)?;
-    }
-    ensure_eq!(faults(&slot)?, (0, 1), "faults of pages and of blocks");
-    let grown = page_tables()?.saturating_sub(before);
-    ensure!(grown < 2 * PAGE, "page tables have grown by {grown} bytes");
-    let machine = slot.machine()?;
-    let entries = kvm_pages()?;
-    let visit = Touch::new(GPA, Order::sequential(GIGANTIC / 1000)).stride(1000);
-    guest::run(&mut machine.vcpu(0, &visit.program())?, guest::no_fault)?;
-    let now = kvm_pages()?;
-    ensure_eq!(
-        (now.1 - entries.1, now.2 - entries.2),
-        (0, 1),
-        "entries of 2 MiB and of 1 GiB"
-    );
-    Ok(())
-}
-
-/// One absent page: 511 pages around it are small, 511 blocks around those are 2 MiB; and all is one entry
-/// again when it is back.
-fn gigantic_absent_page_splits() -> Result {
-    const ABSENT: u64 = 77 * BLOCK + 3;
-    let slot = Slot::with(Backing::Huge1G, GIGANTIC, |b| b.paging(false))?;
-    slot.vm.set_paging(ID, Paging::OnPresent)?;
-    let machine = slot.machine()?;
-    let visit = |number: u64, first: u64, count: u64, stride: u64| -> Result {
-        let touch = Touch::new(GPA, Order::sequential(count))
-            .first(first)
-            .stride(stride);
-        let mut vcpu = machine.vcpu(number, &touch.program())?;
-        guest::run(&mut vcpu, guest::no_fault).map(drop)
-    };
-    visit(0, 0, BLOCK, BLOCK)?;
-    let whole = kvm_pages()?;
-    ensure_eq!(faults(&slot)?, (0, 1), "faults when all is present");
-    ensure_eq!(slot.mark(State::Absent, ABSENT)?, 1, "pages changed");
-    visit(1, 0, BLOCK, BLOCK)?;
-    visit(2, ABSENT + 1, 100, 1)?;
-    let split = kvm_pages()?;
-    ensure_eq!(split.2, whole.2 - 1, "entries of 1 GiB with a page absent");
-    ensure_eq!(split.1 - whole.1, BLOCK - 1, "entries of 2 MiB");
-    let small = split.0 - whole.0;
-    ensure!((101..130).contains(&small), "{small} entries of 4 KiB");
-    slot.mark(State::Present, ABSENT)?;
-    visit(3, 0, BLOCK, BLOCK)?;
-    visit(4, 0, BLOCK, BLOCK)?;
-    let again = kvm_pages()?;
-    ensure_eq!(
-        (again.1, again.2),
-        (whole.1, whole.2),
-        "entries of 2 MiB and of 1 GiB when it is back"
-    );
     Ok(())
 }
 

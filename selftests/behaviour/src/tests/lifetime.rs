@@ -28,7 +28,7 @@ tests! {
 }
 
 /// SIGBUS of an access to this page.
-fn sigbus(slot_guest: *const u64) -> Touched {
+pub(super) fn sigbus(slot_guest: *const u64) -> Touched {
     /// Nonexistent physical address.
     const BUS_ADRERR: i32 = 2;
     Touched::sigbus(BUS_ADRERR, slot_guest, 0)

@@ -20,6 +20,7 @@ mod fault_kvm;
 mod fault_vhost;
 mod hint;
 mod huge;
+mod huge_1g;
 mod lifetime;
 mod lifetime_shared;
 mod limit;
@@ -73,6 +74,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         consistency::TESTS,
         memory_error::TESTS,
         huge::TESTS,
+        huge_1g::TESTS,
         collapse::TESTS,
         shmem::TESTS,
         prefetch::TESTS,

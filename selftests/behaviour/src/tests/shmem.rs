@@ -399,7 +399,7 @@ fn folio_that_was_replaced() -> Result {
 
 fn random_guests(exits: bool) -> Result {
     const BLOCKS: u64 = 16;
-    random_guests_on(&slot(BLOCKS * BLOCK, true, true)?, BLOCK, 1, exits)
+    random_guests_on(&slot(BLOCKS * BLOCK, true, true)?, 1, exits)
 }
 
 /// Without KVM: page tables go as the blocks become whole.
