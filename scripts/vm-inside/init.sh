@@ -46,7 +46,7 @@ for m in kvm_amd kvm_intel; do
 	modprobe $m 2>/dev/null && break
 done
 # What tests use and other kernels have built in: a kernel without one skips its tests.
-for m in hwpoison_inject mce-inject tun vhost_net; do modprobe $m 2>/dev/null; done
+for m in hwpoison_inject mce-inject tun vhost_net loop 9pnet_fd; do modprobe $m 2>/dev/null; done
 [ -e /dev/kvm ] || tell "there is no /dev/kvm: the VM's CPU offers no virtualization"
 
 # Where nothing is emulated, or the VM has one CPU, there is nothing to guard.

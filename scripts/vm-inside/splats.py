@@ -16,7 +16,7 @@ BEGINS = re.compile(
     \bWARNING:\ | \bBUG:\ | kernel\ BUG\ at | \bOops\b | general\ protection\ fault | Unable\ to\ handle
     | KASAN: | UBSAN: | KFENCE: | KCSAN: | kernel\ panic | Kernel\ panic
     | possible\ circular\ locking | possible\ recursive\ locking | inconsistent\ lock\ state
-    | suspicious\ RCU\ usage | lock\ held\ when\ returning | bad\ unlock\ balance | lockdep\ is\ turned\ off
+    | suspicious\ RCU\ usage | lock\ held\ when\ returning | bad\ unlock\ balance | bad\ (?:pgd|p4d|pud|pmd)\b | lockdep\ is\ turned\ off
     | trying\ to\ register\ non-static\ key | DEBUG_LOCKS_WARN_ON
     | rcu.*(?:self-)?detected.*stall | rcu.*kthread.*starved | RCU\ stall
     | sleeping\ function\ called\ from\ invalid\ context | scheduling\ while\ atomic
