@@ -37,10 +37,10 @@ MOST_REPORTS = 8
 
 # A VM that is not at its init by then hangs at boot, which emulated ones do now and then (a CPU loses an interrupt:
 # guard/kdp_emulator_guard.c). Nothing has run in it, so another takes its place.
-BOOT_SECONDS = 180
+BOOT_SECONDS = 400
 BOOTS = 3
 # So long a booting kernel has something to say, unless it sleeps for ever.
-BOOT_SILENCE = 40
+BOOT_SILENCE = 100
 
 # Where the log has what QEMU said of a silent VM.
 EXAMINED = "\nrun.py: the VM is silent; its CPUs:\n"
