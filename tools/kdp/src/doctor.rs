@@ -1,4 +1,4 @@
-//! `kdp doctor`: facts about the host, what they mean, and how both are printed.
+//! `kdp doctor`: gathers facts about the host, judges them, and prints the result.
 
 mod checks;
 mod facts;
@@ -15,10 +15,10 @@ use std::{
     io::{self, Write as _},
 };
 
-/// The width of a terminal that the table is made for.
+/// The width of the table.
 const COLUMNS: usize = 100;
 
-/// Check the host; whether demand paging works.
+/// Checks the host and prints the result. Returns whether demand paging works.
 pub fn run(args: &DoctorArgs) -> Result<bool, Failure> {
     let checks = checks(&Facts::gather(&args.root));
     let works = count(&checks, Status::Error) == 0;
@@ -27,7 +27,7 @@ pub fn run(args: &DoctorArgs) -> Result<bool, Failure> {
         false => table(&checks),
     };
     match io::stdout().write_all(text.as_bytes()) {
-        // Whoever read it has seen enough.
+        // The reader closed the pipe early, as `head` does.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(works),
         other => other.on("standard output").map(|()| works),
     }
@@ -65,7 +65,7 @@ fn table(checks: &[Check]) -> String {
     out
 }
 
-/// Prints a text behind `first`, and what does not fit into the line below it, indented.
+/// Prints a text after `first`. Words that do not fit go to the next lines, indented.
 fn print_wrapped(out: &mut String, first: &str, text: &str) {
     let mut line = first.to_owned();
     let mut is_empty = true;
@@ -112,7 +112,7 @@ ok       config-rust             CONFIG_RUST=y in /boot/config-7.3.4+deb13-amd64
 ok       module-file             version 0.9.0,
                                  /lib/modules/7.3.4+deb13-amd64/updates/dkms/kvm_demand_paging.ko.xz
 ok       module                  version 0.9.0 is loaded
-ok       signatures              the kernel loads modules without a signature
+ok       signatures              the kernel also loads modules without a signature
 error    device                  /dev/kvm-demand-paging is 0660 root:kdp; alice may not open it for
                                  reading and writing
          do: usermod -aG kdp alice, then log in again

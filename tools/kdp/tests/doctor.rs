@@ -20,7 +20,7 @@ const NOBODY: u32 = 65534;
 struct Host(tempfile::TempDir);
 
 impl Host {
-    /// A host that has all that a directory can have. It has no devices: a file stands for each.
+    /// A host on which all checks pass, except that a file stands for each device.
     fn good() -> Self {
         let host = Self(tempfile::tempdir().unwrap());
         host.chmod("", 0o755);
@@ -211,10 +211,13 @@ fn doctor_reads_a_host() {
             "version 0.9.0, /lib/modules/7.3.4+deb13-amd64/updates/dkms/kvm_demand_paging.ko",
         ),
         ("module", "version 0.9.0 is loaded"),
-        ("signatures", "the kernel loads modules without a signature"),
+        (
+            "signatures",
+            "the kernel also loads modules without a signature",
+        ),
         (
             "kvm-tracepoints",
-            "tracefs has them: missing pages cause vCPU exits",
+            "tracefs has the tracepoints: missing pages cause vCPU exits",
         ),
         ("two-dimensional-paging", "kvm_amd uses NPT"),
         ("huge-pages-2m", "500 of 512 free"),
@@ -225,13 +228,13 @@ fn doctor_reads_a_host() {
         ("hwpoison", "the kernel handles memory errors"),
         (
             "userfaultfd",
-            "for privileged users, or user-mode faults; /dev/userfaultfd exists; \
-             only kdp-bench uses it, to compare",
+            "unprivileged users get faults from user mode only; /dev/userfaultfd exists; \
+             only kdp-bench uses it, for comparison",
         ),
     ] {
         report.expect(name, "ok", found);
     }
-    // A file stands for each device, and answers no ioctl.
+    // A file stands for each device. It does not support ioctls.
     report.expect("kvm", "error", "/dev/kvm reports API version -1, not 12");
     let abi = "KDP_INFO(): Inappropriate ioctl for device (os error 25): \
                this file descriptor is not a VM's";
@@ -251,8 +254,8 @@ fn doctor_prints_a_table_of_100_columns() {
     );
     let kvm = "\
 error    kvm                     /dev/kvm does not exist
-         do: modprobe kvm_amd (AMD) or kvm_intel (Intel); if that fails, switch SVM or VT-x on in
-             the firmware
+         do: modprobe kvm_amd (AMD) or kvm_intel (Intel); if that fails, enable SVM or VT-x in the
+             firmware
 ";
     assert!(text.contains(kvm), "{text}");
     assert!(
@@ -290,7 +293,7 @@ fn doctor_finds_mode_bits() {
                      alice may not open it for reading and writing";
         report.expect("device", "error", found);
         report.expect("abi", "warning", "unknown: the device cannot be opened");
-        let found = "tracefs has them: missing pages cause vCPU exits";
+        let found = "tracefs has the tracepoints: missing pages cause vCPU exits";
         report.expect("kvm-tracepoints", "ok", found);
     }
 }
@@ -302,10 +305,10 @@ fn doctor_finds_an_old_kernel() {
     let report = host.report();
     let found = "6.12.48+deb13-amd64; the module needs 7.2 or later";
     report.expect("kernel", "error", found);
-    // All that is found by the release is another kernel's.
+    // The files that are named by the release belong to another kernel.
     report.expect("config-rust", "ok", "not checked: the module is loaded");
     let found = "not installed for 6.12.48+deb13-amd64: \
-                 the loaded module is not loaded again after a reboot";
+                 the module is loaded now, but not after a reboot";
     report.expect("module-file", "warning", found);
 }
 
@@ -361,7 +364,7 @@ fn doctor_finds_modules_of_another_version_or_none() {
     let report = host.report();
     let found = format!("the version is unknown: modinfo shows none for {path}");
     report.expect("module-file", "warning", &found);
-    report.expect("module", "warning", "loaded; it shows no version");
+    report.expect("module", "warning", "loaded, but its version is unknown");
 
     host.remove("sys/module/kvm_demand_paging");
     host.remove("dev/kvm-demand-paging");
@@ -387,7 +390,7 @@ fn doctor_finds_what_kvm_lacks() {
     report.expect(
         "kvm-tracepoints",
         "warning",
-        &format!("tracefs has none: {waits}"),
+        &format!("tracefs lacks the tracepoints: {waits}"),
     );
 
     host.remove("sys/module/kvm_amd");
@@ -406,7 +409,7 @@ fn doctor_finds_what_kvm_lacks() {
         "sys/kernel/debug/tracing/events/kvm/kvm_userspace_exit/id",
         "1\n",
     );
-    let found = "tracefs has them: missing pages cause vCPU exits";
+    let found = "tracefs has the tracepoints: missing pages cause vCPU exits";
     host.report().expect("kvm-tracepoints", "ok", found);
 
     host.remove("sys/module/kvm_intel");
@@ -438,7 +441,7 @@ fn doctor_finds_what_memory_lacks() {
     for (name, found) in [
         (
             "huge-pages-2m",
-            "none; memslots of --hugetlb 2M cannot be made",
+            "none: memslots of --hugetlb 2M cannot be created",
         ),
         (
             "huge-pages-1g",
@@ -450,19 +453,19 @@ fn doctor_finds_what_memory_lacks() {
         ),
         (
             "rlimit-memlock",
-            "8.0 MiB; memslots of --shmem can pin no more",
+            "8.0 MiB: memslots of --shmem can pin no more memory",
         ),
         (
             "rlimit-nofile",
-            "512 descriptors; many VMs or memslots need more",
+            "512 descriptors: many VMs or memslots need more",
         ),
         (
             "hwpoison",
-            "the kernel does not handle memory errors: one ends the host or its VMM",
+            "the kernel does not handle memory errors: a memory error ends the host or its VMM",
         ),
         (
             "userfaultfd",
-            "this kernel has none; only kdp-bench uses it, to compare",
+            "this kernel has no userfaultfd; only kdp-bench uses it, for comparison",
         ),
     ] {
         report.expect(name, "warning", found);
@@ -471,7 +474,7 @@ fn doctor_finds_what_memory_lacks() {
         "proc/self/status",
         "Uid:\t0\t0\t0\t0\nCapEff:\t0000000000004000\n",
     );
-    let found = "8.0 MiB; CAP_IPC_LOCK lifts it";
+    let found = "8.0 MiB; CAP_IPC_LOCK overrides it";
     host.report().expect("rlimit-memlock", "ok", found);
 }
 
@@ -483,7 +486,7 @@ fn doctor_finds_that_signatures_are_required() {
         "none [integrity] confidentiality\n",
     );
     let enforced = "the kernel loads signed modules only: lockdown is integrity";
-    let found = format!("{enforced}; it accepted this one");
+    let found = format!("{enforced}; this module is loaded");
     host.report().expect("signatures", "ok", &found);
     host.remove("sys/module/kvm_demand_paging");
     host.report().expect("signatures", "warning", enforced);
@@ -503,7 +506,7 @@ fn doctor_survives_an_empty_host() {
     report.expect(
         "signatures",
         "ok",
-        "the kernel loads modules without a signature",
+        "the kernel also loads modules without a signature",
     );
 }
 

@@ -7,10 +7,10 @@ use serde::Serialize;
 /// The oldest kernel that the module builds for.
 const OLDEST_KERNEL: (u32, u32) = (7, 2);
 
-/// The only version of KVM's API that there is.
+/// The stable version of KVM's API.
 const KVM_API_VERSION: i32 = 12;
 
-/// Descriptors that a VMM, a page handler or a keeper of many VMs gets along with.
+/// A limit of descriptors that is enough for a VMM, a page handler or a keeper.
 const ENOUGH_DESCRIPTORS: u64 = 1024;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -19,7 +19,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     Ok,
-    /// Demand paging works, but something is missing or slow, or could not be found out.
+    /// Demand paging works, but something is missing, slow or unknown.
     Warning,
     /// Demand paging does not work.
     Error,
@@ -160,7 +160,7 @@ fn module_file(facts: &Facts) -> Finding {
         }
         (None, Some(_)) => warning(
             format!(
-                "not installed for {release}: the loaded module is not loaded again after a reboot"
+                "not installed for {release}: the module is loaded now, but not after a reboot"
             ),
             INSTALL_MODULE,
         ),
@@ -177,7 +177,7 @@ fn module(facts: &Facts) -> Finding {
             format!("version {other} is loaded, but kdp is {VERSION}"),
             RELOAD,
         ),
-        Some(None) => warning("loaded; it shows no version", RELOAD),
+        Some(None) => warning("loaded, but its version is unknown", RELOAD),
         None if facts.installed.is_some() => error("not loaded", "modprobe kvm_demand_paging"),
         None => error(
             "not loaded",
@@ -190,10 +190,10 @@ fn signatures(facts: &Facts) -> Finding {
     let enforced = match (&facts.lockdown, facts.is_signature_enforced) {
         (Some(mode), _) => format!("the kernel loads signed modules only: lockdown is {mode}"),
         (None, true) => "the kernel loads signed modules only: sig_enforce is on".to_owned(),
-        (None, false) => return ok("the kernel loads modules without a signature"),
+        (None, false) => return ok("the kernel also loads modules without a signature"),
     };
     match facts.loaded {
-        Some(_) => ok(format!("{enforced}; it accepted this one")),
+        Some(_) => ok(format!("{enforced}; this module is loaded")),
         None => warning(
             enforced,
             "enroll the key that DKMS signs with: \
@@ -213,10 +213,10 @@ fn device(facts: &Facts) -> Finding {
     );
     let user = &facts.user;
     match &facts.device_open {
-        Open::Opened => ok(format!("{rights}; {user} may use it")),
+        Open::Opened => ok(format!("{rights}; {user} can open it")),
         Open::Missing if facts.loaded.is_some() => error(
             format!("{PATH} does not exist"),
-            "mount -t devtmpfs devtmpfs /dev; in a container, pass the device on",
+            "mount -t devtmpfs devtmpfs /dev; in a container, pass the device to it",
         ),
         Open::Missing => error(
             format!("{PATH} does not exist: the module is not loaded"),
@@ -233,7 +233,7 @@ fn device(facts: &Facts) -> Finding {
     }
 }
 
-/// How the user gets access to the device: through its group, if that has access.
+/// Advice on access to the device. Its group is named if the group may read and write it.
 fn access_advice(facts: &Facts) -> String {
     match &facts.device {
         Some(node) if node.mode & 0o060 == 0o060 && node.group != "root" => {
@@ -242,7 +242,7 @@ fn access_advice(facts: &Facts) -> String {
                 node.group, facts.user
             )
         }
-        _ => "run as root, or let group kdp in by the udev rule of the package: \
+        _ => "run as root, or give the group kdp access by the udev rule of the package: \
               apt install kvm-demand-paging"
             .to_owned(),
     }
@@ -265,7 +265,7 @@ fn abi(facts: &Facts) -> Finding {
 
 fn kvm(facts: &Facts) -> Finding {
     const LOAD: &str = "modprobe kvm_amd (AMD) or kvm_intel (Intel); if that fails, \
-                        switch SVM or VT-x on in the firmware";
+                        enable SVM or VT-x in the firmware";
     let vendor = facts.kvm_vendor.as_ref().map(|vendor| vendor.module);
     match (&facts.kvm_open, facts.kvm_version) {
         (Open::Opened, Some(KVM_API_VERSION)) => ok(format!(
@@ -292,7 +292,7 @@ fn kvm(facts: &Facts) -> Finding {
 }
 
 fn kvm_tracepoints(facts: &Facts) -> Finding {
-    // The module knows best. tracefs answers where it cannot be asked.
+    // Ask the module. If its device cannot be opened, look into tracefs.
     let module = match &facts.info {
         Some(Ok(info)) => Some(info.features.exits()),
         _ => None,
@@ -303,9 +303,11 @@ fn kvm_tracepoints(facts: &Facts) -> Finding {
         "tracefs"
     };
     match module.or(facts.tracepoints) {
-        Some(true) => ok(format!("{who} has them: missing pages cause vCPU exits")),
+        Some(true) => ok(format!(
+            "{who} has the tracepoints: missing pages cause vCPU exits"
+        )),
         Some(false) => warning(
-            format!("{who} has none: a vCPU waits for a missing page and never exits"),
+            format!("{who} lacks the tracepoints: a vCPU waits for a missing page and never exits"),
             "modprobe kvm_amd or kvm_intel, on a kernel with CONFIG_TRACEPOINTS=y",
         ),
         None => warning(
@@ -339,7 +341,7 @@ fn two_dimensional_paging(facts: &Facts) -> Finding {
 fn huge_pages(pages: Option<HugePages>, size: &str, command: &str) -> Finding {
     match pages {
         Some(HugePages { total: 0, .. }) => warning(
-            format!("none; memslots of --hugetlb {size} cannot be made"),
+            format!("none: memslots of --hugetlb {size} cannot be created"),
             command,
         ),
         Some(HugePages { total, free: 0 }) => warning(
@@ -379,10 +381,13 @@ fn rlimit_memlock(facts: &Facts) -> Finding {
     match facts.memlock {
         Some(Limit::Unlimited) => ok("unlimited"),
         Some(Limit::Is(bytes)) if facts.has_ipc_lock => {
-            ok(format!("{}; CAP_IPC_LOCK lifts it", human(bytes)))
+            ok(format!("{}; CAP_IPC_LOCK overrides it", human(bytes)))
         }
         Some(Limit::Is(bytes)) => warning(
-            format!("{}; memslots of --shmem can pin no more", human(bytes)),
+            format!(
+                "{}: memslots of --shmem can pin no more memory",
+                human(bytes)
+            ),
             "ulimit -l unlimited; in a systemd unit: LimitMEMLOCK=infinity",
         ),
         None => warning("unknown: /proc/self/limits cannot be read", "ulimit -l"),
@@ -394,7 +399,7 @@ fn rlimit_nofile(facts: &Facts) -> Finding {
         Some(Limit::Unlimited) => ok("unlimited"),
         Some(Limit::Is(count)) if count >= ENOUGH_DESCRIPTORS => ok(format!("{count} descriptors")),
         Some(Limit::Is(count)) => warning(
-            format!("{count} descriptors; many VMs or memslots need more"),
+            format!("{count} descriptors: many VMs or memslots need more"),
             format!(
                 "ulimit -n {ENOUGH_DESCRIPTORS}; in a systemd unit: LimitNOFILE={ENOUGH_DESCRIPTORS}"
             ),
@@ -407,7 +412,7 @@ fn hwpoison(facts: &Facts) -> Finding {
     match facts.memory_failure {
         Some(true) => ok("the kernel handles memory errors"),
         Some(false) => warning(
-            "the kernel does not handle memory errors: one ends the host or its VMM",
+            "the kernel does not handle memory errors: a memory error ends the host or its VMM",
             "use a kernel with CONFIG_MEMORY_FAILURE=y",
         ),
         None => warning(
@@ -419,12 +424,12 @@ fn hwpoison(facts: &Facts) -> Finding {
 
 fn userfaultfd(facts: &Facts) -> Finding {
     let unprivileged = match facts.unprivileged_userfaultfd {
-        Some(true) => "for every user",
-        Some(false) => "for privileged users, or user-mode faults",
+        Some(true) => "for all users",
+        Some(false) => "unprivileged users get faults from user mode only",
         None => {
             return warning(
-                "this kernel has none; only kdp-bench uses it, to compare",
-                "to compare, use a kernel with CONFIG_USERFAULTFD=y",
+                "this kernel has no userfaultfd; only kdp-bench uses it, for comparison",
+                "for a comparison, use a kernel with CONFIG_USERFAULTFD=y",
             )
         }
     };
@@ -434,7 +439,7 @@ fn userfaultfd(facts: &Facts) -> Finding {
         "no /dev/userfaultfd"
     };
     ok(format!(
-        "{unprivileged}; {device}; only kdp-bench uses it, to compare"
+        "{unprivileged}; {device}; only kdp-bench uses it, for comparison"
     ))
 }
 
@@ -503,7 +508,7 @@ pub(super) mod tests {
         (check.status, check.found, check.advice.unwrap_or_default())
     }
 
-    /// The host with one difference: what the check of this name says then.
+    /// Asserts the result of the check of this name on a good host with one change.
     #[track_caller]
     fn expect(
         name: &str,
@@ -535,16 +540,19 @@ pub(super) mod tests {
         );
         expect(
             "device",
-            "/dev/kvm-demand-paging is 0660 root:kdp; alice may use it",
+            "/dev/kvm-demand-paging is 0660 root:kdp; alice can open it",
         );
         expect("kvm", "API version 12, kvm_amd");
         expect(
             "kvm-tracepoints",
-            "the module has them: missing pages cause vCPU exits",
+            "the module has the tracepoints: missing pages cause vCPU exits",
         );
         expect("two-dimensional-paging", "kvm_amd uses NPT");
         expect("huge-pages-2m", "5 of 8 free");
-        expect("signatures", "the kernel loads modules without a signature");
+        expect(
+            "signatures",
+            "the kernel also loads modules without a signature",
+        );
     }
 
     #[test]
@@ -640,7 +648,7 @@ pub(super) mod tests {
             |facts| facts.installed = None,
             Status::Warning,
             "not installed for 7.3.4+deb13-amd64: \
-             the loaded module is not loaded again after a reboot",
+             the module is loaded now, but not after a reboot",
             "apt install kvm-demand-paging-dkms",
         );
         expect(
@@ -667,7 +675,7 @@ pub(super) mod tests {
             "module",
             |facts| facts.loaded = Some(None),
             Status::Warning,
-            "loaded; it shows no version",
+            "loaded, but its version is unknown",
             reload,
         );
         expect(
@@ -708,7 +716,7 @@ pub(super) mod tests {
             "signatures",
             |facts| facts.is_signature_enforced = true,
             Status::Ok,
-            "the kernel loads signed modules only: sig_enforce is on; it accepted this one",
+            "the kernel loads signed modules only: sig_enforce is on; this module is loaded",
             "",
         );
     }
@@ -725,7 +733,7 @@ pub(super) mod tests {
                 });
             }
         };
-        let udev = "run as root, or let group kdp in by the udev rule of the package: \
+        let udev = "run as root, or give the group kdp access by the udev rule of the package: \
                     apt install kvm-demand-paging";
         expect(
             "device",
@@ -760,7 +768,7 @@ pub(super) mod tests {
             missing,
             Status::Error,
             "/dev/kvm-demand-paging does not exist",
-            "mount -t devtmpfs devtmpfs /dev; in a container, pass the device on",
+            "mount -t devtmpfs devtmpfs /dev; in a container, pass the device to it",
         );
         expect(
             "device",
@@ -796,8 +804,8 @@ pub(super) mod tests {
     #[test]
     fn doctor_kvm() {
         let load =
-            "modprobe kvm_amd (AMD) or kvm_intel (Intel); if that fails, switch SVM or VT-x on in \
-                    the firmware";
+            "modprobe kvm_amd (AMD) or kvm_intel (Intel); if that fails, enable SVM or VT-x in the \
+                    firmware";
         expect(
             "kvm",
             |facts| facts.kvm_open = Open::Missing,
@@ -839,21 +847,21 @@ pub(super) mod tests {
                 facts.info.as_mut().unwrap().as_mut().unwrap().features = Features(0);
             },
             Status::Warning,
-            "the module has none: a vCPU waits for a missing page and never exits",
+            "the module lacks the tracepoints: a vCPU waits for a missing page and never exits",
             load,
         );
         expect(
             "kvm-tracepoints",
             |facts| (facts.info, facts.tracepoints) = (None, Some(false)),
             Status::Warning,
-            "tracefs has none: a vCPU waits for a missing page and never exits",
+            "tracefs lacks the tracepoints: a vCPU waits for a missing page and never exits",
             load,
         );
         expect(
             "kvm-tracepoints",
             |facts| (facts.info, facts.tracepoints) = (None, Some(true)),
             Status::Ok,
-            "tracefs has them: missing pages cause vCPU exits",
+            "tracefs has the tracepoints: missing pages cause vCPU exits",
             "",
         );
         expect(
@@ -899,14 +907,14 @@ pub(super) mod tests {
             "huge-pages-2m",
             |facts| facts.huge_2m = Some(HugePages { total: 0, free: 0 }),
             Status::Warning,
-            "none; memslots of --hugetlb 2M cannot be made",
+            "none: memslots of --hugetlb 2M cannot be created",
             "sysctl vm.nr_hugepages=512",
         );
         expect(
             "huge-pages-1g",
             |facts| facts.huge_1g = Some(HugePages { total: 0, free: 0 }),
             Status::Warning,
-            "none; memslots of --hugetlb 1G cannot be made",
+            "none: memslots of --hugetlb 1G cannot be created",
             "echo 1 >/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
         );
         expect(
@@ -965,7 +973,7 @@ pub(super) mod tests {
             "rlimit-memlock",
             memlock,
             Status::Warning,
-            "8.0 MiB; memslots of --shmem can pin no more",
+            "8.0 MiB: memslots of --shmem can pin no more memory",
             "ulimit -l unlimited; in a systemd unit: LimitMEMLOCK=infinity",
         );
         expect(
@@ -975,14 +983,14 @@ pub(super) mod tests {
                 facts.has_ipc_lock = true;
             },
             Status::Ok,
-            "8.0 MiB; CAP_IPC_LOCK lifts it",
+            "8.0 MiB; CAP_IPC_LOCK overrides it",
             "",
         );
         expect(
             "rlimit-nofile",
             |facts| facts.nofile = Some(Limit::Is(256)),
             Status::Warning,
-            "256 descriptors; many VMs or memslots need more",
+            "256 descriptors: many VMs or memslots need more",
             "ulimit -n 1024; in a systemd unit: LimitNOFILE=1024",
         );
         let unknown = "unknown: /proc/self/limits cannot be read";
@@ -1008,7 +1016,7 @@ pub(super) mod tests {
             "hwpoison",
             |facts| facts.memory_failure = Some(false),
             Status::Warning,
-            "the kernel does not handle memory errors: one ends the host or its VMM",
+            "the kernel does not handle memory errors: a memory error ends the host or its VMM",
             "use a kernel with CONFIG_MEMORY_FAILURE=y",
         );
         expect(
@@ -1026,14 +1034,14 @@ pub(super) mod tests {
             "userfaultfd",
             |facts| facts.unprivileged_userfaultfd = None,
             Status::Warning,
-            "this kernel has none; only kdp-bench uses it, to compare",
-            "to compare, use a kernel with CONFIG_USERFAULTFD=y",
+            "this kernel has no userfaultfd; only kdp-bench uses it, for comparison",
+            "for a comparison, use a kernel with CONFIG_USERFAULTFD=y",
         );
         expect(
             "userfaultfd",
             |facts| (facts.userfaultfd, facts.unprivileged_userfaultfd) = (false, Some(true)),
             Status::Ok,
-            "for every user; no /dev/userfaultfd; only kdp-bench uses it, to compare",
+            "for all users; no /dev/userfaultfd; only kdp-bench uses it, for comparison",
             "",
         );
     }

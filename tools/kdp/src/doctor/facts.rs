@@ -1,4 +1,4 @@
-//! What there is on a host. Nothing here judges, and nothing fails: what is unknown is `None`.
+//! Facts about a host, without a judgement. Gathering never fails: an unknown fact is `None`.
 
 use flate2::read::GzDecoder;
 use kvm_demand_paging::{Info, Vm};
@@ -15,13 +15,13 @@ use std::{
 /// The bit of CAP_IPC_LOCK in a set of capabilities.
 const CAP_IPC_LOCK: u32 = 14;
 
-/// The host, as far as demand paging is concerned.
+/// The facts about a host that concern demand paging.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     pub release: Option<String>,
     pub config: Option<Config>,
     pub installed: Option<Installed>,
-    /// The loaded module, with its version if it tells one.
+    /// The loaded module, with its version if it shows one.
     pub loaded: Option<Option<String>>,
     pub device: Option<Node>,
     pub device_open: Open,
@@ -62,7 +62,7 @@ pub struct Installed {
     pub version: Option<String>,
 }
 
-/// Who may use a device node.
+/// The owner, group and mode of a device node.
 #[derive(Clone, Debug)]
 pub struct Node {
     pub mode: u32,
@@ -70,7 +70,7 @@ pub struct Node {
     pub group: String,
 }
 
-/// What came of opening a device node for reading and writing.
+/// The result of opening a device node for reading and writing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Open {
     Opened,
@@ -114,7 +114,7 @@ pub enum Limit {
 }
 
 impl Facts {
-    /// Looks at the host whose root directory this is.
+    /// Gathers the facts about the host with this root directory.
     pub fn gather(root: &Path) -> Self {
         let host = Host { root };
         let release = host.text("proc/sys/kernel/osrelease");
@@ -179,7 +179,7 @@ impl Host<'_> {
         self.text(path)?.parse().ok()
     }
 
-    /// A parameter that is on or off.
+    /// Reads a parameter that is on or off.
     fn switch(&self, path: impl AsRef<Path>) -> Option<bool> {
         self.text(path)
             .map(|text| matches!(text.as_str(), "Y" | "1"))
@@ -220,7 +220,7 @@ impl Host<'_> {
                 let name = path.file_name().map(|name| name.to_string_lossy());
                 name.is_some_and(|name| name.starts_with("kvm_demand_paging.ko"))
             })?;
-        // It knows all kinds of compression.
+        // modinfo reads modules of every compression.
         let modinfo = Command::new("modinfo")
             .args(["-F", "version"])
             .arg(self.path(&path))
@@ -333,7 +333,7 @@ fn info(device: File) -> Result<Info, String> {
         .map_err(|error| error.to_string())
 }
 
-/// The word in brackets: the value that is selected of those that a file offers.
+/// The word in brackets: the value that is selected in a file that lists all values.
 fn selected(text: &str) -> Option<String> {
     let (_, after) = text.split_once('[')?;
     let (word, _) = after.split_once(']')?;
