@@ -11,7 +11,7 @@ TOOLBOX := scripts/toolbox run
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# Which kernel the VM runs: stock, stock-7.2, fast or debug (scripts/kernel).
+# The kernel of the VM: stock, stock-7.2, fast or debug (scripts/kernel).
 KDP_KERNEL ?= stock
 export KDP_KERNEL
 
@@ -38,8 +38,8 @@ tools: ## the userspace: kdp, kdp-vmm, kdp-bench (build/bin), man pages, complet
 test: setup ## every test; T=PATTERN runs those whose names match (abi-, fault-, notify-, ...)
 	@scripts/test --host $(KDP_KERNEL) $(if $(T),'$(T)')
 
-# What differs between kernels: the ABI's edges, faults, vCPUs and KVM's tracepoints, huge mappings, memory errors, and
-# a Linux guest under QEMU.
+# The tests of what differs between kernels: the ABI's edge cases, faults, vCPUs and KVM's tracepoints,
+# huge mappings, memory errors, and a Linux guest under QEMU.
 SUBSET := abi- fault- vcpu- huge- poison- demo-resume-unmodified-qemu
 
 .PHONY: test-7.2
@@ -57,7 +57,7 @@ soak: setup ## the long run: each failure of migrations, and each race, N times 
 	@scripts/soak $(or $(N),10) $(if $(T),'$(T)')
 
 .PHONY: demo
-demo: ## the main job on a real guest: a lazy restore under an unmodified QEMU
+demo: ## restore a Linux guest on demand, under unmodified QEMU
 	@scripts/setup demo
 	@scripts/demo
 
@@ -68,7 +68,7 @@ bench: ## the benchmark, on both clocks (build/bench/latest.json, report.html); 
 	@scripts/bench $(if $(QUICK),--quick)
 
 .PHONY: bench-migration
-bench-migration: ## post-copy of a Linux guest beside userfaultfd's (build/bench/migration.json)
+bench-migration: ## post-copy of a Linux guest, compared with userfaultfd (build/bench/migration.json)
 	@scripts/setup bench
 	@scripts/bench-migration
 
@@ -80,11 +80,11 @@ shell: setup ## a shell in the test VM with the module loaded
 man: tools ## the man pages (build/man)
 
 .PHONY: deb
-deb: ## the Debian packages (build/deb), checked by lintian
+deb: ## the Debian packages (build/deb); lintian checks them
 	@scripts/deb
 
 .PHONY: test-packages
-test-packages: ## install the packages in a clean Debian root, build by DKMS, boot that kernel; takes T, too
+test-packages: ## install the packages in a clean root, build with DKMS, boot that kernel; takes T, too
 	@scripts/test-packages $(if $(T),'$(T)')
 
 .PHONY: dist

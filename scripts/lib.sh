@@ -12,7 +12,7 @@ KDP_BUILD=$KDP_SRC/build
 KDP_CACHE=${KDP_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvm-demand-paging}
 KDP_LOGS=$KDP_CACHE/log
 
-# The kernel of the test VM (scripts/kernel has the kinds).
+# The kernel of the test VM (scripts/kernel lists the kinds).
 export KDP_KERNEL=${KDP_KERNEL:-stock}
 
 # Where the same folders are inside the toolbox and inside the test VM: no path of this machine reaches a
@@ -34,10 +34,11 @@ elapsed() {
 	if (($1 < 60)); then printf '%ds' "$1"; else printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); fi
 }
 
-# Whether a line of standard output can be drawn anew: not where two steps run at once.
+# Whether a line of standard output can be overwritten. It cannot while two steps run at once.
 is_terminal() { [ -t 1 ] && [ -z "${KDP_BESIDE:-}" ]; }
 
-# beside COMMAND COMMAND: run two functions at once, each a series of steps. When one fails, the other is ended.
+# beside COMMAND COMMAND: run two functions at once, each a series of steps. When one fails, end the
+# other.
 beside() {
 	local rc=0 pids=()
 	export KDP_BESIDE=yes
@@ -94,7 +95,8 @@ step() {
 	return "$rc"
 }
 
-# name_matches NAME PATTERN...: whether a test's name matches a pattern: a shell glob, or how a name begins.
+# name_matches NAME PATTERN...: whether the name of a test matches one of the patterns. A pattern is a
+# shell glob, or the beginning of a name.
 name_matches() {
 	local name=$1 pattern
 	shift

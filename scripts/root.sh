@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Debian roots made by mmdebstrap, and how a command is run in one. Source it after lib.sh.
+# Functions that make Debian roots with mmdebstrap and run commands in them. Source it after lib.sh.
 
 # The archive that this host itself uses: no mirror's address stands in the project.
 mirror() {
@@ -16,8 +16,8 @@ install_mmdebstrap() {
 	apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends mmdebstrap debian-archive-keyring
 }
 
-# make_root DIR PACKAGES [OPTION...]: a Debian trixie root at DIR with PACKAGES (separated by
-# commas). DIR appears when the root is complete. OPTIONs go to mmdebstrap.
+# make_root DIR PACKAGES [OPTION...]: make a Debian trixie root at DIR with PACKAGES (separated by
+# commas). DIR appears when the root is complete. OPTIONs are passed to mmdebstrap.
 make_root() {
 	local root=$1 packages=$2 uri opts=() line
 	shift 2
@@ -32,9 +32,9 @@ make_root() {
 	mv "$root.part" "$root"
 }
 
-# in_root ROOT [SOURCE:DEST...] -- COMMAND...: run COMMAND in ROOT with each SOURCE mounted at DEST,
-# in a mount namespace of its own: nothing stays mounted, whatever way the command ends.
-# KDP_ROOT_DIR is the folder it starts in.
+# in_root ROOT [SOURCE:DEST...] -- COMMAND...: run COMMAND in ROOT with each SOURCE mounted at DEST.
+# The command has a mount namespace of its own, so nothing stays mounted when it ends. It starts in the
+# folder KDP_ROOT_DIR.
 in_root() {
 	local root=$1 binds=()
 	shift

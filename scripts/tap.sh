@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Tests written in bash, as TAP. Source it after lib.sh, set `patterns`, call `t` for each test, end with `summary`.
+# Functions for tests in bash that print TAP. Source it after lib.sh, set `patterns`, call `t` for each
+# test, and call `summary` at the end.
 
 passed=0 failed=0 tests=0 patterns=('*')
 
-# t NAME COMMAND...: a test, if its name matches. It passes if COMMAND succeeds.
+# t NAME COMMAND...: run a test if its name matches. It passes if COMMAND succeeds.
 t() {
 	local name=$1 out rc
 	shift
@@ -24,15 +25,15 @@ t() {
 	fi
 }
 
-# fail TEXT: end the test that runs.
+# fail TEXT: end the running test as failed.
 fail() {
 	say "$*"
 	exit 1
 }
 
-# equal WHAT HAVE WANT
+# equal WHAT HAVE WANT: fail unless HAVE is WANT.
 equal() { [ "$2" = "$3" ] || fail "$1: '$2', expected '$3'"; }
-# has TEXT PART: TEXT contains PART.
+# has TEXT PART: fail unless TEXT contains PART.
 has() { case $1 in *"$2"*) ;; *) fail "expected '$2' in: $1" ;; esac; }
 
 summary() {

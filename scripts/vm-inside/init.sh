@@ -45,7 +45,8 @@ done
 for m in kvm_amd kvm_intel; do
 	modprobe $m 2>/dev/null && break
 done
-# What tests use and other kernels have built in: a kernel without one skips its tests.
+# Load the modules that tests use, and that some kernels have built in. Without one, its tests are
+# skipped.
 for m in hwpoison_inject mce-inject tun vhost_net loop 9pnet_fd; do modprobe $m 2>/dev/null; done
 [ -e /dev/kvm ] || tell "there is no /dev/kvm: the VM's CPU offers no virtualization"
 
