@@ -1,6 +1,6 @@
 #!/bin/busybox sh
-# /init of the test VM where the kernel has 9p as a module: mounts the VM's root, and goes on with its init. The
-# command line names both, as for a kernel that does this itself (rootflags=, init=).
+# /init of the test VM if the kernel has 9p as a module: mounts the root of the VM, and runs its init.
+# The kernel command line names both (rootflags=, init=).
 export PATH=/bin
 busybox mount -t proc proc /proc
 for arg in $(busybox cat /proc/cmdline); do
