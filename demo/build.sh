@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds what the demo and the tests of Linux guests need into build/demo:
+# Builds the files for the demo and for the tests of Linux guests (build/demo):
 #
 #   bzImage         the guest's kernel, as it was given
 #   vmlinux         the same kernel, decompressed: a guest starts sooner with it
 #   kernel          what QEMU boots: vmlinux if it has a PVH entry, otherwise bzImage
 #   initrd          an initramfs of one program, for the demo
-#   initrd-load     an initramfs of a load that checks itself, with the drivers that are modules
+#   initrd-load     an initramfs with a load that checks itself, and with the drivers that are modules
 #   kdp-demo-fetch  the client of the comparison (built with the tools)
 #
 # Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE [MODULES_DIR]
@@ -16,7 +16,7 @@ kernel=${1:?"build.sh needs a kernel image: build.sh KERNEL_IMAGE [MODULES_DIR]"
 modules=${2:-}
 src=/kdp/src/demo
 out=/kdp/src/build/demo
-# What the load's guest has beside its serial port.
+# The drivers that the guest of the load needs, beside that of its serial port.
 drivers="virtio_mmio virtio_balloon"
 
 die() {

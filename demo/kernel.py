@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Takes the ELF kernel (vmlinux) out of a bzImage: a guest need not decompress it.
+"""Extracts the ELF kernel (vmlinux) from a bzImage, so that no guest has to decompress it.
 
 Usage: kernel.py IMAGE VMLINUX
 
-IMAGE may be a vmlinux already: it is copied. Prints "pvh" if the vmlinux has the entry that QEMU
-needs (CONFIG_PVH=y), and nothing otherwise. The program zstd decompresses a kernel of that format.
+If IMAGE is a vmlinux, it is copied. Prints "pvh" if the vmlinux has the entry that QEMU needs
+(CONFIG_PVH=y), and nothing otherwise. If the kernel is compressed with zstd, the program zstd must be
+installed.
 """
 
 import lzma
@@ -21,7 +22,7 @@ VERSION = 0x206
 PAYLOAD = 0x248
 VERSION_WITH_PAYLOAD = 0x208
 SECTOR = 512
-# The payload's last bytes are the length of what it decompresses to.
+# The last bytes of the payload are the length of the decompressed kernel.
 LENGTH = 4
 
 PT_NOTE = 4

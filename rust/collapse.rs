@@ -37,8 +37,9 @@ use crate::{
 };
 use kernel::sync::ArcBorrow;
 
-/// A fault has mapped a page: if the block around it is whole, it shall be mapped by one entry. `frame` is
-/// the page's, and `word` holds the present bits around it, which say "no" nearly always.
+/// After a fault mapped a page: requests that one entry maps the block around it, if all pages of the
+/// block are present. `frame` is the frame of the page. `word` holds the present bits around the page:
+/// they nearly always rule this out.
 #[inline(always)]
 pub(crate) fn consider(
     slot: &Memslot,

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernel's Rust API offers in one release and not in another.
+//! Differences between the releases of the kernel's Rust API.
 //!
-//! Everything here compiles on each kernel that the module supports, without a question about its
-//! version. A difference that cannot be written so gets a probe in Kbuild: does the symbol, the
-//! signature, the field exist?
+//! The code compiles on each kernel that the module supports, without a check of the version. For a
+//! difference that needs a check, Kbuild probes whether the symbol, the signature or the field exists.
 
 use core::borrow::Borrow;
 use kernel::{

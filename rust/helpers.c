@@ -95,7 +95,7 @@ void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
 			    insert_around, &around);
 }
 
-/* Whether nothing is mapped yet where a block could be. */
+/* Whether the PMD of a huge fault is still empty. */
 bool kdp_fault_is_empty(const struct vm_fault *vmf)
 {
 	return pmd_none(pmdp_get_lockless(vmf->pmd));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The module registers probes by a tracepoint's name, so nothing checks their
- * prototypes. This file does: it does not compile if the kernel has changed one.
+ * The module registers probes by the name of a tracepoint, so the compiler does
+ * not check their prototypes. This file checks them: it does not compile if the
+ * kernel has changed a prototype.
  */
 #include <linux/kvm_host.h>
 #include <trace/events/kvm.h>
@@ -10,7 +11,7 @@
 #include "helpers.h"
 
 /*
- * KVM's own tracepoints are in arch/x86/kvm/trace.h, which headers packages lack.
+ * KVM's x86 tracepoints are in arch/x86/kvm/trace.h, which headers packages lack.
  * Kbuild looks for it in the kernel's source and where dkms/kernel-metadata puts it.
  */
 #ifdef KDP_KVM_TRACE_H

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Inserts the kernel modules of the initramfs: a distribution's kernel has as modules what
- * the test kernel has built in.
+ * Inserts the kernel modules of the initramfs. A distribution's kernel has drivers as modules
+ * that other test kernels have built in.
  */
 #ifndef KDP_GUEST_MODULES_H
 #define KDP_GUEST_MODULES_H

@@ -85,7 +85,7 @@ const PUT_BACK: vm_flags_t =
 /// A process may have 65,530 areas (/proc/sys/vm/max_map_count). This many are left for others.
 const CROWDED: i32 = 32_768;
 
-/// No address of a page.
+/// A value that is not the address of a page.
 const NO_TABLE: usize = usize::MAX;
 
 /// A file whose ranges can be mapped anew.
@@ -114,7 +114,7 @@ pub(crate) struct Remapper {
     /// and it alone reads and writes the other fields: relaxed.
     thread: Atomic<usize>,
     flags: Atomic<vm_flags_t>,
-    /// Where a page table must be; [`NO_TABLE`] if there need not be one.
+    /// The address where a page table must be, or [`NO_TABLE`] if none is required.
     table_at: Atomic<usize>,
     makes_lost: Atomic<bool>,
     /// The last request that is pending: a thread that faults many times before it goes back to user mode
@@ -489,7 +489,7 @@ pub(crate) struct Spot {
 }
 
 impl Spot {
-    /// Where a fault is; none if it is in another address space.
+    /// The place of a fault. `None` if the fault is in another address space.
     pub(crate) fn of(fault: &Fault<'_>) -> Option<Self> {
         Some(Self {
             file: fault.file_if_own()?,

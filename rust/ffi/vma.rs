@@ -239,8 +239,8 @@ impl Fault<'_> {
         }
     }
 
-    /// The block around the fault, by its first page as an offset in the file, if the whole of it
-    /// lies in the area and addresses and offsets are aligned alike.
+    /// The first page of the block around the fault, as an offset in the file. `None` if the block does
+    /// not lie in the area, or if its address and its offset are not aligned alike.
     pub(crate) fn block(&self) -> Option<u64> {
         let size = PAGE_SIZE << PMD_ORDER;
         let start = self.info().address & !(size - 1);
@@ -251,8 +251,8 @@ impl Fault<'_> {
         (aligned && inside).then_some(first)
     }
 
-    /// Maps the block of page frames that starts at `pfn`, in a [`Mapping::huge_fault`]. Where something
-    /// is mapped already, a page table or a block that was made read-only, a smaller page is asked for.
+    /// Maps the block of page frames that starts at `pfn`, in a [`Mapping::huge_fault`]. Returns
+    /// [`Outcome::Fallback`] if a page table or a read-only block is already mapped there.
     pub(crate) fn insert_block(&self, pfn: Pfn<'_>) -> Outcome {
         // SAFETY: The fault is being handled (type invariant).
         if !unsafe { c::kdp_fault_is_empty(self.raw) } {
@@ -285,13 +285,13 @@ impl Fault<'_> {
     }
 }
 
-/// log2 of the pages of a block, which is what a PMD maps. The module makes no larger entry, also where
-/// the folio is larger.
+/// log2 of the pages of a block. A PMD maps a block. The module makes no larger entry, even if the folio
+/// is larger.
 ///
 /// An entry in a PUD (`vmf_insert_pfn_pud()`) is not safe in Linux 7.3:
-/// - mremap() takes it for a bad page table and clears it without a flush (`get_old_pud()` in
-///   mm/mremap.c). The old address then still reaches the memory, also after it was unpinned.
-/// - A split of the area at an address that is not aligned to a PMD takes the mapped memory for a page
+/// - mremap() treats it as a bad page table and clears it without a TLB flush (`get_old_pud()` in
+///   mm/mremap.c). The old address then still reaches the memory, even after it was unpinned.
+/// - A split of the area at an address that is not aligned to a PMD treats the mapped memory as a page
 ///   table (`split_huge_pmd_address()` in mm/huge_memory.c), and may loop for ever.
 pub(crate) const PMD_ORDER: u32 = 9;
 

@@ -8,7 +8,7 @@
 
 use super::range::PageRange;
 
-/// Pages of a block, the most that one page table entry maps (`PMD_ORDER` in ffi/vma.rs).
+/// Pages of a block: the maximum that one page table entry maps (`PMD_ORDER` in ffi/vma.rs).
 pub const BLOCK_PAGES: u64 = 512;
 
 /// How many ranges of a size make one of the next.

@@ -1,7 +1,7 @@
 //! Man pages and shell completions, generated from the definition of a command line.
 //!
-//! The binaries of this workspace flatten [`Generate`] into their subcommands, so that each of them
-//! has the same two hidden ones:
+//! The binaries of this workspace flatten [`Generate`] into their subcommands. So each binary has
+//! these two hidden subcommands:
 //!
 //! ```
 //! use clap::Parser;
@@ -97,7 +97,7 @@ fn completions(command: Command, dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A command line without hidden subcommands and options, which clap_complete would complete.
+/// Removes hidden subcommands and options from a command line: clap_complete would complete them.
 fn without_hidden(command: &Command) -> Command {
     let args = || command.get_arguments().filter(|arg| !arg.is_hide_set());
     let subcommands = command.get_subcommands();

@@ -172,14 +172,14 @@ const SYSTEMD: &str = "Under systemd:
   LISTEN_FDS. --listen is not needed then.
   Readiness: with NOTIFY_SOCKET, the keeper sends READY=1 and STOPPING=1.
   The service is of Type=notify.
-  Restart: the keeper stores the descriptor of each VM in the descriptor
-  store of systemd, and takes all of them back when it starts. Neither
-  'systemctl restart' nor a crash of the keeper loses a VM then. The
+  Restart: the keeper stores the descriptor of each VM in the fd store
+  of systemd, and takes all of them back when it starts. Neither
+  'systemctl restart' nor a crash of the keeper then loses a VM. The
   store has kdp-vm.NAME for a VM that a page handler gave. It has
   kdp-vm-of-giver.NAME and kdp-giver.NAME for a VM that a VMM gave.
   Size: set FileDescriptorStoreMax= of the service to 1 for each VM that
-  a page handler gives, and 2 for each that a VMM gives. Where that is
-  too few, the keeper warns that a VM will not survive a restart.";
+  a page handler gives, and 2 for each that a VMM gives. If that is too
+  few, the keeper warns that a VM will not survive a restart.";
 
 /// Keep VMs when their page handlers end
 ///
@@ -231,9 +231,9 @@ const DOCTOR_STATUS: &str = "Exit status:
 
 /// Check whether demand paging works on this host, and say what to do where it does not
 ///
-/// Prints one line for each check: ok, warning or error, the name of the check, and what was found.
-/// What to do follows on a line that begins with 'do:'. Rights and limits are those of the user who
-/// runs the command.
+/// Prints each check: ok, warning or error, the name of the check, and the finding. Advice follows
+/// on a line that begins with 'do:'. Permissions and limits are those of the user who runs the
+/// command.
 #[derive(Args)]
 #[command(after_help = DOCTOR_STATUS, after_long_help = DOCTOR_STATUS)]
 pub struct DoctorArgs {

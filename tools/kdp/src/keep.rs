@@ -54,14 +54,14 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
     match keeper.count() {
         0 => (),
         count if is_stored => {
-            tracing::info!("{count} VMs are left to the service manager's fd store")
+            tracing::info!("{count} VMs stay in the service manager's fd store")
         }
         count => tracing::warn!("{count} VMs are let go"),
     }
     Ok(result?)
 }
 
-/// The socket of the service manager, and its path.
+/// The socket that the service manager passed, and its path.
 fn activated_at(
     listener: UnixListener,
     listen: Option<&Path>,

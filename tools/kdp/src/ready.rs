@@ -1,4 +1,4 @@
-//! Telling others that the command is ready: a script by a file, a service manager by a message.
+//! Announces that the command is ready: by a file for scripts, by a message to the service manager.
 
 use crate::{
     failure::{Context, Failure},
@@ -6,8 +6,8 @@ use crate::{
 };
 use std::{fs, path::PathBuf, process};
 
-/// While this lives, the file holds the PID of this process. When it is dropped, the file is removed
-/// and the service manager knows that the command is about to end.
+/// The announced readiness. The file holds the PID of this process until this value is dropped. Drop
+/// removes the file, and tells the service manager that the command is about to end.
 pub struct Ready(Option<PathBuf>);
 
 impl Ready {

@@ -1,6 +1,6 @@
-//! What a service manager such as systemd passes to a service, and what the service tells it.
+//! The protocol between a service and its service manager, such as systemd.
 //!
-//! Nothing here has an effect without NOTIFY_SOCKET and LISTEN_FDS, which systemd sets.
+//! Without NOTIFY_SOCKET and LISTEN_FDS, which systemd sets, the functions have no effect.
 
 use crate::failure::{Context, Failure};
 use kvm_demand_paging::keeper::FdStore;
@@ -53,7 +53,7 @@ impl Passed {
             // It is open, since sd-notify could set its close-on-exec flag. Nothing else in this
             // process owns it, since this runs once and first.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            // Fails for what is not a socket.
+            // This fails if the descriptor is not a socket.
             match sockopt::socket_acceptconn(&fd) {
                 Ok(true) => passed.listeners.push(fd),
                 _ => passed.stored.push((name, fd)),
@@ -86,13 +86,14 @@ impl Passed {
 
 /// systemd's store of file descriptors for this service.
 pub struct DescriptorStore {
-    /// FileDescriptorStoreMax= of the service. systemd tells it from version 254 on.
+    /// FileDescriptorStoreMax= of the service. systemd passes it from version 254 on.
     max: Option<usize>,
     stored: Mutex<BTreeSet<String>>,
 }
 
 impl DescriptorStore {
-    /// The store, with what was passed from it to this process. `None` without a service manager.
+    /// The store, with the descriptors that this process received from it. `None` without a service
+    /// manager.
     pub fn open(passed: &Passed) -> Option<Self> {
         env::var_os("NOTIFY_SOCKET")?;
         let names = passed.stored.iter().map(|(name, _)| name.clone());
@@ -103,7 +104,7 @@ impl DescriptorStore {
     }
 
     fn stored(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        // The set is whole between any two of its calls.
+        // A panic of another thread leaves the set valid: each call of it is complete.
         self.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -120,8 +121,8 @@ impl FdStore for DescriptorStore {
         }
         let state = [
             NotifyState::FdStore,
-            // Without this, systemd drops a descriptor that reports an error or a hang-up. A pidfd does
-            // that when its process has ended.
+            // Without this, systemd drops a descriptor that reports an error or a hang-up. A pidfd
+            // reports a hang-up when its process has ended.
             NotifyState::Custom("FDPOLL=0"),
             NotifyState::FdName(name),
         ];

@@ -1,4 +1,4 @@
-//! The keeper and others under a service manager: the tests stand for systemd.
+//! The keeper and other commands under a service manager. The tests take the role of systemd.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -37,9 +37,9 @@ const STAY: u32 = 1;
 struct Systemd {
     dir: tempfile::TempDir,
     notify: UnixDatagram,
-    /// What a socket unit holds open.
+    /// The socket that a socket unit holds open.
     socket: OwnedFd,
-    /// The descriptor store. It has no order.
+    /// The fd store. It has no order.
     stored: BTreeMap<String, OwnedFd>,
     /// FileDescriptorStoreMax=.
     max: usize,
@@ -68,8 +68,8 @@ impl Systemd {
         format!("unix:{}", self.path().display())
     }
 
-    /// `kdp` with these arguments as a service: with the socket, if it is activated by one, and with
-    /// what the store holds.
+    /// Starts `kdp` with these arguments as a service. Passes the socket, if there is one, and the
+    /// contents of the store.
     fn command(&self, args: &[&str], is_activated: bool) -> Command {
         let socket = is_activated.then(|| ("kdp-keeper.socket", self.socket.as_fd()));
         let stored = self
@@ -78,7 +78,7 @@ impl Systemd {
             .map(|(name, fd)| (name.as_str(), fd.as_fd()));
         let (names, fds): (Vec<&str>, Vec<BorrowedFd<'_>>) =
             socket.into_iter().chain(stored).unzip();
-        // The shell moves them to 3, 4, ... and becomes kdp, so that LISTEN_PID is right.
+        // The shell moves the descriptors to 3, 4, ... and becomes kdp, so LISTEN_PID is right.
         let mut script = "".to_owned();
         for (n, fd) in fds.iter().enumerate() {
             let high = fcntl_dupfd_cloexec(fd, 100).unwrap();
@@ -99,7 +99,7 @@ impl Systemd {
             .env("FDSTORE", self.max.to_string())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        // systemd does not set them where it passes nothing.
+        // systemd does not set these variables if it passes no descriptor.
         if !fds.is_empty() {
             command
                 .env("LISTEN_FDS", fds.len().to_string())
@@ -193,7 +193,7 @@ impl Service {
         assert!(status.success());
     }
 
-    /// Wait until it has ended.
+    /// Wait until the service has ended.
     fn end(mut self) -> Output {
         self.0.take().unwrap().wait_with_output().unwrap()
     }
@@ -213,7 +213,7 @@ impl Drop for Service {
     }
 }
 
-/// Send a request to the keeper; its answer, and the descriptor with it.
+/// Send a request to the keeper. Returns its answer, and the descriptor that came with it.
 fn ask(
     keeper: &Path,
     op: u32,
@@ -258,7 +258,7 @@ fn ask(
     (u32::from_le_bytes(bytes[8..12].try_into().unwrap()), fd)
 }
 
-/// A file that stands for a VM: the keeper never looks at what it keeps.
+/// A file that stands for a VM: the keeper never uses the descriptors that it keeps.
 fn vm(content: &str) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(content.as_bytes()).unwrap();

@@ -11,9 +11,9 @@
 //! # Restarting the keeper
 //!
 //! A keeper [with an fd store](Keeper::with_store) stores a duplicate of each VM's fd, and the pidfd
-//! of each process that a VM is kept for. The next keeper [gets them back](Keeper::restore), so VMs
-//! outlive the keeper, too. systemd stores each open file once: a VM that was given under two names
-//! has one of them after a restart.
+//! of each process that a VM is kept for. The next keeper [takes them back](Keeper::restore), so the
+//! VMs survive the end of the keeper. systemd stores each open file once. So a VM that was given under
+//! two names has only one of them after a restart.
 
 mod fd_store;
 
@@ -54,7 +54,7 @@ pub enum Until {
 }
 
 struct KeptVm {
-    /// Tells VMs apart that had the same name one after the other.
+    /// Distinguishes this VM from an earlier or later one of the same name.
     generation: u64,
     fd: OwnedFd,
     until: Until,
@@ -92,7 +92,7 @@ impl Keeper {
         Self::default()
     }
 
-    /// A keeper of nothing that stores the descriptors of what it keeps in `store`.
+    /// An empty keeper that stores the descriptors of its VMs in `store`.
     pub fn with_store(store: Arc<dyn FdStore>) -> Self {
         Self {
             store: Some(store),
@@ -100,8 +100,8 @@ impl Keeper {
         }
     }
 
-    /// Take back what a keeper before this one stored: descriptors by their names in the store. Call
-    /// it before [`serve`](Self::serve).
+    /// Take back the descriptors that an earlier keeper stored, with their names in the store. Call
+    /// this before [`serve`](Self::serve).
     pub fn restore(&self, stored: impl IntoIterator<Item = (String, OwnedFd)>) -> Result<()> {
         let (mut vms, mut givers) = (Vec::new(), BTreeMap::new());
         for (name, fd) in stored {
@@ -115,7 +115,7 @@ impl Keeper {
                     vm,
                 }) => drop(givers.insert(vm, fd)),
                 None => tracing::warn!(
-                    "the fd store has the descriptor '{name}', which is not a keeper's: it is closed"
+                    "the fd store has the descriptor '{name}', which no keeper stored: the descriptor is closed"
                 ),
             }
         }
@@ -131,7 +131,8 @@ impl Keeper {
             }
             tracing::info!("keeping the VM '{name}' again");
         }
-        // The keeper ended between storing the pidfd and the VM, or between removing them.
+        // The earlier keeper ended after it stored the pidfd and before it stored the VM, or after it
+        // removed the VM and before it removed the pidfd.
         for name in givers.keys() {
             self.remove_fd(Kind::Giver, name);
         }
@@ -249,9 +250,9 @@ impl Keeper {
         }
     }
 
-    /// Keep a VM, until this giver ends if there is one. It is stored when this returns.
+    /// Keep a VM, until `giver` ends if there is one. The VM is in the store when this returns.
     fn keep(&self, name: &str, fd: OwnedFd, giver: Option<BorrowedFd<'_>>) -> Result<u64> {
-        // Held until all is stored, so that a release comes after that in the store, too.
+        // The lock is held until the store has the descriptors. So a release removes them after that.
         let mut kept = self.kept();
         if name.is_empty() {
             return Err(Error::Peer("a VM must have a name to be kept".to_owned()));
@@ -263,7 +264,7 @@ impl Keeper {
         }
         let until = match giver {
             Some(giver) => {
-                // Before the VM: a VM without its giver's pidfd would be kept too long.
+                // Store the pidfd before the VM: a VM without it would be kept too long.
                 self.store_fd(Kind::Giver, name, giver);
                 Until::GiverEnds
             }
@@ -433,7 +434,7 @@ mod tests {
         assert_eq!(keeper.count(), 1);
     }
 
-    /// A store that holds what systemd would hold.
+    /// A store in memory, in place of systemd's.
     #[derive(Default)]
     struct TestStore(Mutex<BTreeMap<String, OwnedFd>>);
 
@@ -442,7 +443,7 @@ mod tests {
             self.0.lock().unwrap().keys().cloned().collect()
         }
 
-        /// What systemd passes to the next keeper. It goes on storing it.
+        /// The descriptors that systemd passes to the next keeper. They stay in the store.
         fn pass(&self) -> Vec<(String, OwnedFd)> {
             let pass = |(name, fd): (&String, &OwnedFd)| (name.clone(), fd.try_clone().unwrap());
             self.0.lock().unwrap().iter().map(pass).collect()

@@ -1,20 +1,20 @@
-//! The ACPI tables by which a guest finds its CPUs, its interrupt controllers and its devices (ACPI
-//! Specification 6.5, chapters 5, 6 and 20). They are of the hardware-reduced kind: the guest uses
-//! no fixed registers, no PIC and no PIT.
+//! The ACPI tables. A guest finds its CPUs, its interrupt controllers and its devices in them (ACPI
+//! Specification 6.5, chapters 5, 6 and 20). The platform is hardware-reduced: the guest uses no fixed
+//! registers, no PIC and no PIT.
 //!
 //! The tables are built by hand: the crate acpi_tables (0.2.1) does not compile with Rust 1.85.
 
 use super::layout::*;
 
-/// The most vCPUs that the tables are made for.
+/// The maximum number of vCPUs in the tables.
 pub(super) const MAX_CPUS: u8 = 16;
 
-/// The header that all tables but the RSDP have.
+/// The header of all tables except the RSDP.
 const HEADER: usize = 36;
 
 const OEM: &[u8; 6] = b"KDP   ";
 
-/// Build the tables for this many vCPUs. They belong at [`ACPI`]; the RSDP is the first of them.
+/// Build the tables for this number of vCPUs. They must be placed at [`ACPI`]. The RSDP is the first.
 pub(super) fn build(cpus: u8) -> Vec<u8> {
     let mut tables = Tables(vec![0; RSDP]);
     let dsdt = tables.add(&table(b"DSDT", 2, &devices()));
@@ -27,7 +27,7 @@ pub(super) fn build(cpus: u8) -> Vec<u8> {
     tables.0
 }
 
-/// Tables that follow each other from [`ACPI`] on.
+/// Consecutive tables, from [`ACPI`] on.
 struct Tables(Vec<u8>);
 
 impl Tables {
@@ -40,7 +40,7 @@ impl Tables {
     }
 }
 
-/// The byte that makes a sum zero.
+/// The byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
 }
@@ -49,9 +49,9 @@ fn checksum(bytes: &[u8]) -> u8 {
 const RSDP: usize = 36;
 
 fn rsdp(xsdt: u64) -> [u8; RSDP] {
-    /// Of the RSDP with an XSDT.
+    /// The revision of an RSDP with an XSDT.
     const REVISION: u8 = 2;
-    /// What the first checksum is about.
+    /// The length of the part that the first checksum covers.
     const FIRST: usize = 20;
     let mut rsdp = [0; RSDP];
     rsdp[..8].copy_from_slice(b"RSD PTR ");
@@ -64,14 +64,14 @@ fn rsdp(xsdt: u64) -> [u8; RSDP] {
     rsdp
 }
 
-/// A table: its header and what follows.
+/// A table: its header and its body.
 fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
     const CHECKSUM: usize = 9;
     let mut table = signature.to_vec();
     table.extend(((HEADER + body.len()) as u32).to_le_bytes());
     table.extend([revision, 0]);
     table.extend(OEM);
-    // The OEM's name for the table and its revision; who has made it, and with which revision.
+    // OEM table ID, OEM revision, creator ID, creator revision.
     table.extend(b"KDPVMM  \x01\0\0\0KDP \x01\0\0\0");
     debug_assert_eq!(table.len(), HEADER);
     table.extend(body);
@@ -79,15 +79,15 @@ fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
     table
 }
 
-/// The description of the platform: hardware-reduced, and almost nothing else.
+/// The FADT, which says that the platform is hardware-reduced.
 fn fadt(dsdt: u64) -> Vec<u8> {
     const REVISION: u8 = 6;
     const LENGTH: usize = 276;
-    /// Boot architecture flags. Bit 1, a keyboard controller, is clear: Linux looks for none.
+    /// Boot architecture flags. Bit 1 (keyboard controller) is clear, so Linux does not probe for one.
     const NO_VGA: u16 = 1 << 2;
     const NO_MSI: u16 = 1 << 3;
     const NO_CMOS_RTC: u16 = 1 << 5;
-    /// Feature flags. The first two say that the buttons are no fixed feature.
+    /// Feature flags. The first two say that the buttons are not fixed hardware.
     const NO_POWER_BUTTON: u32 = 1 << 4;
     const NO_SLEEP_BUTTON: u32 = 1 << 5;
     const HARDWARE_REDUCED: u32 = 1 << 20;
@@ -102,7 +102,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     table(b"FACP", REVISION, &body)
 }
 
-/// The local APICs of the vCPUs, and the I/O APIC, which has all interrupt lines.
+/// The MADT: the local APICs of the vCPUs, and the I/O APIC, which has all interrupt lines.
 fn madt(cpus: u8) -> Vec<u8> {
     const REVISION: u8 = 5;
     const ENABLED: u8 = 1;
@@ -121,7 +121,7 @@ fn madt(cpus: u8) -> Vec<u8> {
 
 /// The devices, in AML: the balloon and the serial port.
 fn devices() -> Vec<u8> {
-    // A virtio device behind virtio-mmio.
+    // The virtio-mmio device.
     let balloon = device(
         b"VIO0",
         &string("LNRO0005"),
@@ -157,21 +157,21 @@ fn string(text: &str) -> Vec<u8> {
     [&[STRING], text.as_bytes(), &[0]].concat()
 }
 
-/// "PNP0501", a 16550A serial port, packed into a 32-bit number as EISA has it.
+/// "PNP0501", a 16550A serial port, packed into 32 bits as an EISA ID.
 const PNP0501: [u8; 5] = [0x0c, 0x41, 0xd0, 0x05, 0x01];
 
 /// A list of resources: a buffer that ends with a tag.
 fn resources(list: &[&[u8]]) -> Vec<u8> {
     const BUFFER: u8 = 0x11;
     const BYTE: u8 = 0x0a;
-    /// With a checksum of zero, which says that there is none.
+    /// The checksum is zero, which means that there is none.
     const END: [u8; 2] = [0x79, 0];
     let bytes = [list.concat().as_slice(), &END].concat();
     let sized = [&[BYTE, bytes.len() as u8], bytes.as_slice()].concat();
     [&[BUFFER], package(&sized).as_slice()].concat()
 }
 
-/// Addresses in memory that are read and written.
+/// A resource: a range of memory addresses for reading and writing.
 fn memory(from: u32, len: u32) -> Vec<u8> {
     const MEMORY32_FIXED: u8 = 0x86;
     const WRITABLE: u8 = 1;
@@ -193,7 +193,7 @@ fn ports(from: u16, count: u8) -> Vec<u8> {
 
 fn interrupt(line: u32) -> Vec<u8> {
     const EXTENDED_INTERRUPT: u8 = 0x89;
-    /// Active high and exclusive, as the other bits are clear.
+    /// The other bits are clear: active high, exclusive.
     const CONSUMER_EDGE_TRIGGERED: u8 = 0b0011;
     const COUNT: u8 = 1;
     [
@@ -203,7 +203,7 @@ fn interrupt(line: u32) -> Vec<u8> {
     .concat()
 }
 
-/// Put the length before the contents. It counts its own bytes: one, or two from 64 on.
+/// Put the length before the contents. The length includes its own bytes: one, or two from 64 on.
 fn package(contents: &[u8]) -> Vec<u8> {
     const ONE_BYTE: usize = 0x3f;
     const TWO_BYTES: usize = 0xfff;
@@ -235,7 +235,7 @@ mod tests {
             .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
     }
 
-    /// The table at a guest physical address. Its signature must be this one and its sum zero.
+    /// The table at a guest physical address. Asserts its signature, and that its sum is zero.
     fn table<'a>(tables: &'a [u8], address: u64, signature: &[u8; 4]) -> &'a [u8] {
         let table = &tables[(address - ACPI) as usize..];
         assert_eq!(&table[..4], signature);

@@ -28,10 +28,10 @@ const E820_ACPI: u32 = 3;
 /// The first line describes the machine: one serial port, no PCI, a keyboard controller that only
 /// has a reset line. A panic resets the machine at once.
 ///
-/// The second line turns off what costs a distribution's kernel time at boot: patches for
-/// mitigations, self-tests of ciphers, the protection of kernel code and the check of it, and the
-/// clearing of each allocated page. [`Kernel::append`] can turn them on again: Linux takes the last
-/// value of a parameter.
+/// The second line makes the boot of a distribution's kernel faster. It turns off patches for
+/// mitigations, self-tests of ciphers, the protection of kernel code, and the clearing of each
+/// allocated page. [`Kernel::append`] can turn them on again: Linux takes the last value of a
+/// parameter.
 const COMMAND_LINE_ALWAYS: &str = "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 pci=off \
      mitigations=off cryptomgr.notests rodata=off init_on_alloc=0";
 

@@ -12,22 +12,22 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemory};
 
 use super::layout::HIGH;
 
-/// The 64-bit entry of a bzImage, from where it was loaded to.
+/// The offset of the 64-bit entry of a bzImage from its load address.
 const ENTRY_64: u64 = 0x200;
 const XLF_KERNEL_64: u16 = 1;
 
-/// What a setup header begins with, and where it is in a bzImage.
+/// The magic number of a setup header, and its offset in a bzImage.
 const SETUP_MAGIC: &[u8; 4] = b"HdrS";
 const SETUP_MAGIC_AT: usize = 0x202;
 
 /// A kernel in guest memory.
 #[derive(Debug)]
 pub(super) struct Loaded {
-    /// Where the guest begins, in 64-bit mode.
+    /// The address of the first instruction, in 64-bit mode.
     pub(super) entry: u64,
-    /// What the boot parameters say of it.
+    /// The setup header for the boot parameters.
     pub(super) header: setup_header,
-    /// Where the memory ends that it needs to start.
+    /// The end of the memory that the kernel needs to start.
     pub(super) end: u64,
 }
 
@@ -37,7 +37,7 @@ enum Format {
     Elf,
 }
 
-/// Load a kernel from the contents of its file; an error says what is wrong with it.
+/// Load a kernel from the contents of its file. An error says what is wrong with the file.
 pub(super) fn load<M: GuestMemory>(memory: &M, file: Vec<u8>) -> Result<Loaded, String> {
     match format(&file)? {
         Format::BzImage => load_bzimage(memory, file),
@@ -96,7 +96,7 @@ fn load_bzimage(memory: &impl GuestMemory, file: Vec<u8>) -> Result<Loaded, Stri
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err("it has no 64-bit entry".to_owned());
     }
-    // The decompressor moves it there, and needs that much room.
+    // The decompressor moves the kernel to this address, and needs this much memory.
     let end = header.pref_address.max(HIGH) + u64::from(header.init_size);
     check_memory(memory, end, "to decompress itself")?;
     Ok(Loaded {
@@ -184,10 +184,10 @@ fn read_elf(file: &[u8]) -> Result<(u64, Vec<Elf64_Phdr>), String> {
     Ok((header.e_entry, segments))
 }
 
-/// What the setup header of a bzImage would say: an ELF file has none.
+/// A setup header for an ELF file, which has none of its own.
 fn header_without_bzimage() -> setup_header {
     const BOOT_FLAG: u16 = 0xaa55;
-    /// Of the boot protocol.
+    /// The version of the boot protocol.
     const VERSION: u16 = 0x20f;
     const ALIGNMENT: u32 = 2 << 20;
     setup_header {

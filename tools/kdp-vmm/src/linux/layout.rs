@@ -20,7 +20,7 @@ pub(super) const COMMAND_LINE_MAX: usize = 2048;
 pub(super) const LOW_END: u64 = 0xa_0000;
 pub(super) const HIGH: u64 = 0x10_0000;
 
-/// The ACPI tables, where kernels also look for them if nobody tells the address, and room for them.
+/// The room for the ACPI tables. Kernels also search here if they are not told the address.
 pub(super) const ACPI: u64 = 0xe_0000;
 pub(super) const ACPI_END: u64 = HIGH;
 
@@ -29,7 +29,7 @@ pub(super) const VIRTIO: u64 = 0xd000_0000;
 pub(super) const VIRTIO_SIZE: u64 = 0x1000;
 pub(super) const VIRTIO_IRQ: u32 = 5;
 
-/// The serial port: its first I/O port, and how many it has.
+/// The serial port: its first I/O port, and the number of its I/O ports.
 pub(super) const SERIAL: u16 = 0x3f8;
 pub(super) const SERIAL_PORTS: u8 = 8;
 pub(super) const SERIAL_IRQ: u32 = 4;

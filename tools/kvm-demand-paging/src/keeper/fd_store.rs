@@ -7,21 +7,21 @@
 //! | `kdp-giver.NAME`          | the pidfd of the process that gave the VM of this name           |
 //!
 //! systemd allows at most 255 printable ASCII characters other than ':' in a name. Letters, digits
-//! and `_-.` of a VM's name stand for themselves. Any other byte is `%` and two hexadecimal digits.
+//! and `_-.` of a VM's name are not changed. Each other byte becomes `%` and two hexadecimal digits.
 
 use super::Until;
 use std::{fmt, io, str};
 
 /// Holds file descriptors by name while no keeper runs: the fd store of a service manager.
 pub trait FdStore: Send + Sync {
-    /// Stores a duplicate of `fd` under this name, which no other stored descriptor has.
+    /// Stores a duplicate of `fd` under this name. No other stored descriptor has this name.
     fn store(&self, name: &str, fd: rustix::fd::BorrowedFd<'_>) -> io::Result<()>;
 
     /// Removes the descriptor of this name. Removing one that is not stored succeeds.
     fn remove(&self, name: &str) -> io::Result<()>;
 }
 
-/// What a stored descriptor is.
+/// The kind of a stored descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// A VM.
@@ -46,7 +46,7 @@ impl Kind {
     }
 }
 
-/// A stored descriptor; its text is its name in the store.
+/// A stored descriptor. `Display` prints its name in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) kind: Kind,
@@ -62,7 +62,7 @@ impl Entry {
         }
     }
 
-    /// Reads a name of the store. `None` if a keeper does not use such names.
+    /// Reads a name of the store. `None` if it is not a keeper's name.
     pub(super) fn parse(name: &str) -> Option<Self> {
         let (kind, encoded) = Kind::ALL
             .into_iter()
