@@ -38,8 +38,8 @@ tools: ## the userspace: kdp, kdp-vmm, kdp-bench (build/bin), man pages, complet
 test: setup ## every test; T=PATTERN runs those whose names match (abi-, fault-, notify-, ...)
 	@scripts/test --host $(KDP_KERNEL) $(if $(T),'$(T)')
 
-# The tests of what differs between kernels: the ABI's edge cases, faults, vCPUs and KVM's tracepoints,
-# huge mappings, memory errors, and a Linux guest under QEMU.
+# The tests of what differs between kernels: the ABI's edge cases, faults, vCPUs and KVM's
+# tracepoints, huge mappings, memory errors, and a Linux guest under QEMU.
 SUBSET := abi- fault- vcpu- huge- poison- demo-resume-unmodified-qemu
 
 .PHONY: test-7.2

@@ -5,7 +5,7 @@
 #   vmlinux         the same kernel, decompressed: a guest starts sooner with it
 #   kernel          what QEMU boots: vmlinux if it has a PVH entry, otherwise bzImage
 #   initrd          an initramfs of one program, for the demo
-#   initrd-load     an initramfs with a load that checks itself, and with the drivers that are modules
+#   initrd-load     an initramfs with a load that checks itself, and with drivers as modules
 #   kdp-demo-fetch  the client of the comparison (built with the tools)
 #
 # Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE [MODULES_DIR]

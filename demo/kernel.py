@@ -4,8 +4,8 @@
 Usage: kernel.py IMAGE VMLINUX
 
 If IMAGE is a vmlinux, it is copied. Prints "pvh" if the vmlinux has the entry that QEMU needs
-(CONFIG_PVH=y), and nothing otherwise. If the kernel is compressed with zstd, the program zstd must be
-installed.
+(CONFIG_PVH=y), and nothing otherwise. If the kernel is compressed with zstd, the program zstd must
+be installed.
 """
 
 import lzma

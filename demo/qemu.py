@@ -8,8 +8,8 @@ import threading
 import time
 
 TICK = re.compile(r"^KDP-TICK (\d+)$")
-# The guest has one serial port. The other parameters make the boot of a distribution's kernel faster.
-# They turn off what this guest does not need:
+# The guest has one serial port. The other parameters make the boot of a distribution's kernel
+# faster. They turn off what this guest does not need:
 # - ACPI, PCI, security modules and auditing;
 # - patches of the kernel's code for mitigations;
 # - self-tests of ciphers;

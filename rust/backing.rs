@@ -80,22 +80,22 @@ impl Backing {
         self.memfd.order()
     }
 
-    /// Whether one entry may map a block. On shmem this also depends on each folio, and a block of the
-    /// memslot must be a block of the memfd.
+    /// Whether one entry may map a block. On shmem this also depends on each folio, and a block of
+    /// the memslot must be a block of the memfd.
     #[inline]
     pub(crate) fn may_have_blocks(&self) -> bool {
         self.has_blocks() || self.is_charged() && self.offset % BLOCK_PAGES == 0
     }
 
-    /// Whether every folio consists of blocks: a hugetlb page of 2 MiB is one block, a page of 1 GiB has
-    /// 512.
+    /// Whether every folio consists of blocks: a hugetlb page of 2 MiB is one block, a page of 1
+    /// GiB has 512.
     #[inline]
     fn has_blocks(&self) -> bool {
         self.order() >= PMD_ORDER
     }
 
-    /// The first frame of the block around a page, if one folio holds the whole block. `frame` is the
-    /// frame of the page.
+    /// The first frame of the block around a page, if one folio holds the whole block. `frame` is
+    /// the frame of the page.
     #[inline]
     pub(crate) fn block_around<'a>(&self, frame: Pfn<'a>, page: u64) -> Option<Pfn<'a>> {
         if self.has_blocks() {

@@ -37,9 +37,9 @@ use crate::{
 };
 use kernel::sync::ArcBorrow;
 
-/// After a fault mapped a page: requests that one entry maps the block around it, if all pages of the
-/// block are present. `frame` is the frame of the page. `word` holds the present bits around the page:
-/// they nearly always rule this out.
+/// After a fault mapped a page: requests that one entry maps the block around it, if all pages of
+/// the block are present. `frame` is the frame of the page. `word` holds the present bits around
+/// the page: they nearly always rule this out.
 #[inline(always)]
 pub(crate) fn consider(
     slot: &Memslot,

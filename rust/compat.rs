@@ -3,7 +3,8 @@
 //! Differences between the releases of the kernel's Rust API.
 //!
 //! The code compiles on each kernel that the module supports, without a check of the version. For a
-//! difference that needs a check, Kbuild probes whether the symbol, the signature or the field exists.
+//! difference that needs a check, Kbuild probes whether the symbol, the signature or the field
+//! exists.
 
 use core::borrow::Borrow;
 use kernel::{

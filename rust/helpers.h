@@ -19,7 +19,7 @@
 
 struct kvm_vcpu;
 
-/* Probes of the kernel's tracepoints. probes.c checks that the tracepoints have these prototypes. */
+/* Probes of the kernel's tracepoints. probes.c checks that the kernel has these prototypes. */
 typedef void (*kdp_kvm_page_fault_probe)(void *data, struct kvm_vcpu *vcpu,
 					 u64 address, u64 error_code);
 typedef void (*kdp_kvm_userspace_exit_probe)(void *data, u32 reason, int err);

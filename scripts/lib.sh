@@ -95,8 +95,8 @@ step() {
 	return "$rc"
 }
 
-# name_matches NAME PATTERN...: whether the name of a test matches one of the patterns. A pattern is a
-# shell glob, or the beginning of a name.
+# name_matches NAME PATTERN...: whether the name of a test matches one of the patterns. A pattern is
+# a shell glob, or the beginning of a name.
 name_matches() {
 	local name=$1 pattern
 	shift

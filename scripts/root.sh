@@ -33,8 +33,8 @@ make_root() {
 }
 
 # in_root ROOT [SOURCE:DEST...] -- COMMAND...: run COMMAND in ROOT with each SOURCE mounted at DEST.
-# The command has a mount namespace of its own, so nothing stays mounted when it ends. It starts in the
-# folder KDP_ROOT_DIR.
+# The command has a mount namespace of its own, so nothing stays mounted when it ends. It starts in
+# the folder KDP_ROOT_DIR.
 in_root() {
 	local root=$1 binds=()
 	shift

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Functions for tests in bash that print TAP. Source it after lib.sh, set `patterns`, call `t` for each
-# test, and call `summary` at the end.
+# Functions for tests in bash that print TAP. Source it after lib.sh, set `patterns`, call `t` for
+# each test, and call `summary` at the end.
 
 passed=0 failed=0 tests=0 patterns=('*')
 

@@ -182,9 +182,9 @@ impl Remapper {
         }
     }
 
-    /// Maps a range of the current thread's own address space, whose areas have these flags, anew as another kind or
-    /// the same; with a `table`, an address, only if a page table stands in the way of a block there. EAGAIN if it is no
-    /// longer what it was. The caller has the turn.
+    /// Maps a range of the current thread's own address space, whose areas have these flags, anew
+    /// as another kind or the same; with a `table`, an address, only if a page table stands in the
+    /// way of a block there. EAGAIN if it is no longer what it was. The caller has the turn.
     fn map(
         &self,
         _turn: &Guard<'_, (), MutexBackend>,

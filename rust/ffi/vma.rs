@@ -239,8 +239,8 @@ impl Fault<'_> {
         }
     }
 
-    /// The first page of the block around the fault, as an offset in the file. `None` if the block does
-    /// not lie in the area, or if its address and its offset are not aligned alike.
+    /// The first page of the block around the fault, as an offset in the file. `None` if the block
+    /// does not lie in the area, or if its address and its offset are not aligned alike.
     pub(crate) fn block(&self) -> Option<u64> {
         let size = PAGE_SIZE << PMD_ORDER;
         let start = self.info().address & !(size - 1);
@@ -260,7 +260,8 @@ impl Fault<'_> {
         }
         // Not for writing: insert_pmd() would warn if another thread has put a page table there
         // meanwhile. The area's own protection makes the entry writable all the same.
-        // SAFETY: As in `insert_pfn()`; `raw` names a PMD, as no `Fault` is made of other huge faults.
+        // SAFETY: As in `insert_pfn()`. `raw` names a PMD: `huge_fault` makes no `Fault` of other
+        // huge faults.
         Outcome::from_insert(unsafe { bindings::vmf_insert_pfn_pmd(self.raw, pfn.number, false) })
     }
 
@@ -285,14 +286,14 @@ impl Fault<'_> {
     }
 }
 
-/// log2 of the pages of a block. A PMD maps a block. The module makes no larger entry, even if the folio
-/// is larger.
+/// log2 of the pages of a block. A PMD maps a block. The module makes no larger entry, even if the
+/// folio is larger.
 ///
 /// An entry in a PUD (`vmf_insert_pfn_pud()`) is not safe in Linux 7.3:
 /// - mremap() treats it as a bad page table and clears it without a TLB flush (`get_old_pud()` in
 ///   mm/mremap.c). The old address then still reaches the memory, even after it was unpinned.
-/// - A split of the area at an address that is not aligned to a PMD treats the mapped memory as a page
-///   table (`split_huge_pmd_address()` in mm/huge_memory.c), and may loop for ever.
+/// - A split of the area at an address that is not aligned to a PMD treats the mapped memory as a
+///   page table (`split_huge_pmd_address()` in mm/huge_memory.c), and may loop for ever.
 pub(crate) const PMD_ORDER: u32 = 9;
 
 /// Handles the faults of a kind of mapping.

@@ -95,7 +95,8 @@ impl ChunkPart {
         core::iter::from_fn(move || left.take_word())
     }
 
-    /// Takes the pages of one word from the beginning of the part: the word, and the mask of their bits.
+    /// Takes the pages of one word from the beginning of the part: the word, and the mask of their
+    /// bits.
     pub fn take_word(&mut self) -> Option<(usize, u64)> {
         if self.count == 0 {
             return None;

@@ -6,8 +6,8 @@ use crate::{
 };
 use std::{fs, path::PathBuf, process};
 
-/// The announced readiness. The file holds the PID of this process until this value is dropped. Drop
-/// removes the file, and tells the service manager that the command is about to end.
+/// The announced readiness. The file holds the PID of this process until this value is dropped.
+/// Drop removes the file, and tells the service manager that the command is about to end.
 pub struct Ready(Option<PathBuf>);
 
 impl Ready {

@@ -49,9 +49,9 @@ impl Passed {
             .on("cannot take the file descriptors that LISTEN_FDS announces")?;
         let mut passed = Self::default();
         for (fd, name) in fds {
-            // SAFETY: LISTEN_PID names this process: the service manager passed the descriptor to it.
-            // It is open, since sd-notify could set its close-on-exec flag. Nothing else in this
-            // process owns it, since this runs once and first.
+            // SAFETY: LISTEN_PID names this process: the service manager passed the descriptor to
+            // it. It is open, since sd-notify could set its close-on-exec flag. Nothing else in
+            // this process owns it, since this runs once and first.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
             // This fails if the descriptor is not a socket.
             match sockopt::socket_acceptconn(&fd) {

@@ -10,10 +10,10 @@
 //!
 //! # Restarting the keeper
 //!
-//! A keeper [with an fd store](Keeper::with_store) stores a duplicate of each VM's fd, and the pidfd
-//! of each process that a VM is kept for. The next keeper [takes them back](Keeper::restore), so the
-//! VMs survive the end of the keeper. systemd stores each open file once. So a VM that was given under
-//! two names has only one of them after a restart.
+//! A keeper [with an fd store](Keeper::with_store) stores a duplicate of each VM's fd, and the
+//! pidfd of each process that a VM is kept for. The next keeper [takes them back](Keeper::restore),
+//! so the VMs survive the end of the keeper. systemd stores each open file once. So a VM that was
+//! given under two names has only one of them after a restart.
 
 mod fd_store;
 
@@ -115,7 +115,7 @@ impl Keeper {
                     vm,
                 }) => drop(givers.insert(vm, fd)),
                 None => tracing::warn!(
-                    "the fd store has the descriptor '{name}', which no keeper stored: the descriptor is closed"
+                    "the descriptor '{name}' in the fd store is not a keeper's: it is closed"
                 ),
             }
         }
@@ -131,8 +131,8 @@ impl Keeper {
             }
             tracing::info!("keeping the VM '{name}' again");
         }
-        // The earlier keeper ended after it stored the pidfd and before it stored the VM, or after it
-        // removed the VM and before it removed the pidfd.
+        // The earlier keeper ended after it stored the pidfd and before it stored the VM, or after
+        // it removed the VM and before it removed the pidfd.
         for name in givers.keys() {
             self.remove_fd(Kind::Giver, name);
         }
@@ -252,7 +252,8 @@ impl Keeper {
 
     /// Keep a VM, until `giver` ends if there is one. The VM is in the store when this returns.
     fn keep(&self, name: &str, fd: OwnedFd, giver: Option<BorrowedFd<'_>>) -> Result<u64> {
-        // The lock is held until the store has the descriptors. So a release removes them after that.
+        // The lock is held until the store has the descriptors. So a release removes them after
+        // that.
         let mut kept = self.kept();
         if name.is_empty() {
             return Err(Error::Peer("a VM must have a name to be kept".to_owned()));

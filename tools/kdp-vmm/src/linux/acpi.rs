@@ -1,6 +1,6 @@
 //! The ACPI tables. A guest finds its CPUs, its interrupt controllers and its devices in them (ACPI
-//! Specification 6.5, chapters 5, 6 and 20). The platform is hardware-reduced: the guest uses no fixed
-//! registers, no PIC and no PIT.
+//! Specification 6.5, chapters 5, 6 and 20). The platform is hardware-reduced: the guest uses no
+//! fixed registers, no PIC and no PIT.
 //!
 //! The tables are built by hand: the crate acpi_tables (0.2.1) does not compile with Rust 1.85.
 
@@ -14,7 +14,8 @@ const HEADER: usize = 36;
 
 const OEM: &[u8; 6] = b"KDP   ";
 
-/// Build the tables for this number of vCPUs. They must be placed at [`ACPI`]. The RSDP is the first.
+/// Build the tables for this number of vCPUs. They must be placed at [`ACPI`]. The RSDP is the
+/// first.
 pub(super) fn build(cpus: u8) -> Vec<u8> {
     let mut tables = Tables(vec![0; RSDP]);
     let dsdt = tables.add(&table(b"DSDT", 2, &devices()));
@@ -83,7 +84,8 @@ fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
 fn fadt(dsdt: u64) -> Vec<u8> {
     const REVISION: u8 = 6;
     const LENGTH: usize = 276;
-    /// Boot architecture flags. Bit 1 (keyboard controller) is clear, so Linux does not probe for one.
+    /// Boot architecture flags. Bit 1 (keyboard controller) is clear, so Linux does not probe for
+    /// one.
     const NO_VGA: u16 = 1 << 2;
     const NO_MSI: u16 = 1 << 3;
     const NO_CMOS_RTC: u16 = 1 << 5;

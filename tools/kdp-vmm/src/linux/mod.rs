@@ -1,12 +1,12 @@
 //! A machine that runs Linux in the memory of a memslot.
 //!
 //! It has only what a kernel needs: vCPUs, KVM's interrupt controllers and timer, a serial port for
-//! the console, and a virtio balloon. ACPI tables describe them. There is no firmware, no PCI and no
-//! disk: the guest runs from its initramfs.
+//! the console, and a virtio balloon. ACPI tables describe them. There is no firmware, no PCI and
+//! no disk: the guest runs from its initramfs.
 //!
-//! The kernel is a bzImage or an ELF file (vmlinux). It must have CONFIG_ACPI and a driver for an 8250
-//! serial port. It needs drivers for virtio-mmio and the virtio balloon, which may be modules in the
-//! initramfs. Distributions' kernels have all of these.
+//! The kernel is a bzImage or an ELF file (vmlinux). It must have CONFIG_ACPI and a driver for an
+//! 8250 serial port. It needs drivers for virtio-mmio and the virtio balloon, which may be modules
+//! in the initramfs. Distributions' kernels have all of these.
 //!
 //! ```no_run
 //! use std::sync::Arc;

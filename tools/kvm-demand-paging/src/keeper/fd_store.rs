@@ -7,7 +7,8 @@
 //! | `kdp-giver.NAME`          | the pidfd of the process that gave the VM of this name           |
 //!
 //! systemd allows at most 255 printable ASCII characters other than ':' in a name. Letters, digits
-//! and `_-.` of a VM's name are not changed. Each other byte becomes `%` and two hexadecimal digits.
+//! and `_-.` of a VM's name are not changed. Each other byte becomes `%` and two hexadecimal
+//! digits.
 
 use super::Until;
 use std::{fmt, io, str};
