@@ -2,8 +2,6 @@
 # Builds the files for the demo and for the tests of Linux guests (build/demo):
 #
 #   bzImage         the guest's kernel, as it was given
-#   vmlinux         the same kernel, decompressed: a guest starts sooner with it
-#   kernel          what QEMU boots: vmlinux if it has a PVH entry, otherwise bzImage
 #   initrd          an initramfs of one program, for the demo
 #   initrd-load     an initramfs with a load that checks itself, and with drivers as modules
 #   kdp-demo-fetch  the client of the comparison (built with the tools)
@@ -83,8 +81,4 @@ if [ -n "$modules" ]; then
 fi
 image initrd-load load.c
 cp "$kernel" "$out/bzImage"
-kind=$("$src/kernel.py" "$kernel" "$out/vmlinux.part")
-mv "$out/vmlinux.part" "$out/vmlinux"
-if [ "$kind" = pvh ]; then best=vmlinux; else best=bzImage; fi
-ln -f "$out/$best" "$out/kernel"
 install -t "$out" /kdp/src/build/bin/kdp-demo-fetch

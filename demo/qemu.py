@@ -150,7 +150,7 @@ class Qemu:
         args += ["-machine", "pc,memory-backend=ram,usb=off,vmport=off", "-nodefaults", "-no-user-config"]
         args += ["-display", "none", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         args += ["-qmp", f"unix:{monitor},server=on,wait=off", "-no-reboot"]
-        args += ["-kernel", f"{work}/kernel", "-initrd", f"{work}/initrd"]
+        args += ["-kernel", f"{work}/bzImage", "-initrd", f"{work}/initrd"]
         args += ["-append", f"{GUEST_ARGS} {guest_args}"]
         if incoming:
             args += ["-incoming", "defer"]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / "build" / "bin"
 BUILT = ROOT / "build" / "demo"
 NEEDED = {
-    BUILT / "kernel": "scripts/demo-image",
+    BUILT / "bzImage": "scripts/demo-image",
     BUILT / "initrd": "scripts/demo-image",
     BUILT / "kdp-demo-fetch": "scripts/demo-image",
     BIN / "kdp": "make tools",

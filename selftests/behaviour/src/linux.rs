@@ -28,7 +28,7 @@ pub fn boot_time() -> Duration {
     Duration::from_secs(if on_debug_kernel() { 1200 } else { 300 })
 }
 
-const KERNEL: &str = "build/demo/vmlinux";
+const KERNEL: &str = "build/demo/bzImage";
 const INITRD: &str = "build/demo/initrd-load";
 
 /// Pages below 1 MiB that the guest does not use: addresses of PCs' video memory and firmware. The
