@@ -42,14 +42,17 @@ is_terminal() { [ -t 1 ] && [ -z "${KDP_BESIDE:-}" ]; }
 beside() {
 	local rc=0 pids=()
 	export KDP_BESIDE=yes
+	# Each in a process group of its own, so that all of its processes can be ended.
+	set -m
 	"$1" &
 	pids+=($!)
 	"$2" &
 	pids+=($!)
+	set +m
 	# shellcheck disable=SC2064  # the pids of now are meant
-	trap "kill ${pids[*]} 2>/dev/null; exit 130" INT TERM
+	trap "kill -- -${pids[0]} -${pids[1]} 2>/dev/null; exit 130" INT TERM
 	wait -n || rc=$?
-	((rc == 0)) || kill "${pids[@]}" 2>/dev/null || true
+	((rc == 0)) || kill -- "-${pids[0]}" "-${pids[1]}" 2>/dev/null || true
 	wait "${pids[0]}" || rc=$?
 	wait "${pids[1]}" || rc=$?
 	trap - INT TERM
@@ -65,10 +68,13 @@ step() {
 	mkdir -p "$KDP_LOGS"
 	log=$KDP_LOGS/$name.log
 	start=$SECONDS
+	# In a process group of its own: what COMMAND has started is ended with it.
+	set -m
 	"$@" >"$log" 2>&1 </dev/null &
 	pid=$!
+	set +m
 	# shellcheck disable=SC2064  # the pid of now is meant
-	trap "kill $pid 2>/dev/null; exit 130" INT TERM
+	trap "kill -- -$pid 2>/dev/null; exit 130" INT TERM
 	is_terminal || say "[ .... ] $text"
 	while kill -0 "$pid" 2>/dev/null; do
 		now=$((SECONDS - start))

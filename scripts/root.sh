@@ -27,9 +27,8 @@ make_root() {
 	rm -rf "$root.part"
 	mmdebstrap --variant=apt --include="$packages" "${opts[@]}" "$@" \
 		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg trixie "$root.part" \
-		"deb $uri trixie main" "deb $uri trixie-updates main" "deb $uri trixie-backports main"
-	mkdir -p "$root.part/kdp/src" "$root.part/kdp/cache" "$root.part/kdp/kdir"
-	mv "$root.part" "$root"
+		"deb $uri trixie main" "deb $uri trixie-updates main" "deb $uri trixie-backports main" || return
+	mkdir -p "$root.part/kdp/src" "$root.part/kdp/cache" "$root.part/kdp/kdir" && mv "$root.part" "$root"
 }
 
 # in_root ROOT [SOURCE:DEST...] -- COMMAND...: run COMMAND in ROOT with each SOURCE mounted at DEST.

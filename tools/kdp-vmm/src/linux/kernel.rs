@@ -97,7 +97,7 @@ fn load_bzimage(memory: &impl GuestMemory, file: Vec<u8>) -> Result<Loaded, Stri
         return Err("it has no 64-bit entry".to_owned());
     }
     // The decompressor moves the kernel to this address, and needs this much memory.
-    let end = header.pref_address.max(HIGH) + u64::from(header.init_size);
+    let end = (header.pref_address.max(HIGH)).saturating_add(u64::from(header.init_size));
     check_memory(memory, end, "to decompress itself")?;
     Ok(Loaded {
         entry: loaded.kernel_load.0 + ENTRY_64,
@@ -111,6 +111,12 @@ fn load_elf(memory: &impl GuestMemory, file: Vec<u8>) -> Result<Loaded, String> 
     let mut end = 0;
     for segment in &segments {
         let (from, len) = (segment.p_paddr, segment.p_memsz);
+        if segment.p_filesz > len {
+            return Err(format!(
+                "its segment at physical address {from:#x} has {} bytes in the file and {len} in memory",
+                segment.p_filesz
+            ));
+        }
         if from < HIGH {
             return Err(format!(
                 "it has a segment at physical address {from:#x}, and kernels begin at {HIGH:#x}"
@@ -169,7 +175,7 @@ fn read_elf(file: &[u8]) -> Result<(u64, Vec<Elf64_Phdr>), String> {
         reader
             .read_exact(segment.as_mut_slice())
             .map_err(|_| cut())?;
-        if segment.p_type != PT_LOAD || segment.p_memsz == 0 {
+        if segment.p_type != PT_LOAD || (segment.p_memsz, segment.p_filesz) == (0, 0) {
             continue;
         }
         let end = segment.p_offset.checked_add(segment.p_filesz);

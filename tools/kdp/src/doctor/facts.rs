@@ -220,13 +220,16 @@ impl Host<'_> {
                 let name = path.file_name().map(|name| name.to_string_lossy());
                 name.is_some_and(|name| name.starts_with("kvm_demand_paging.ko"))
             })?;
-        // modinfo reads modules of every compression.
-        let modinfo = Command::new("modinfo")
-            .args(["-F", "version"])
-            .arg(self.path(&path))
-            .output();
+        // modinfo reads modules of every compression. The PATH of a user lacks /usr/sbin.
+        let programs = ["modinfo", "/usr/sbin/modinfo", "/sbin/modinfo"];
+        let modinfo = programs.into_iter().find_map(|program| {
+            Command::new(program)
+                .args(["-F", "version"])
+                .arg(self.path(&path))
+                .output()
+                .ok()
+        });
         let version = modinfo
-            .ok()
             .and_then(|output| String::from_utf8(output.stdout).ok())
             .map(|version| version.trim().to_owned())
             .filter(|version| !version.is_empty());
@@ -276,7 +279,14 @@ impl Host<'_> {
     }
 
     fn kvm_vendor(&self) -> Option<KvmVendor> {
-        let vendors = [("kvm_amd", "npt"), ("kvm_intel", "ept")];
+        let mut vendors = [("kvm_amd", "npt"), ("kvm_intel", "ept")];
+        // Where both are built in, both have a folder: the one for this CPU counts.
+        if self
+            .text("proc/cpuinfo")
+            .is_some_and(|text| text.contains("GenuineIntel"))
+        {
+            vendors.reverse();
+        }
         vendors.into_iter().find_map(|(module, parameter)| {
             let path = Path::new("sys/module").join(module);
             self.path(&path).exists().then(|| KvmVendor {
@@ -306,7 +316,10 @@ impl Host<'_> {
         let dir = PathBuf::from(format!("sys/kernel/mm/hugepages/hugepages-{kib}kB"));
         Some(HugePages {
             total: self.number(dir.join("nr_hugepages"))?,
-            free: self.number(dir.join("free_hugepages"))?,
+            // Free pages that a mapping has reserved are not for others.
+            free: self
+                .number(dir.join("free_hugepages"))?
+                .saturating_sub(self.number(dir.join("resv_hugepages")).unwrap_or(0)),
         })
     }
 
