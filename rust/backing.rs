@@ -11,8 +11,8 @@
 //! 512 times. As long as it is pinned once it is not split.
 
 use crate::{
-    compat::ehwpoison,
     account::Account,
+    compat::ehwpoison,
     ffi::{
         memfd::{
             Frames,

@@ -8,10 +8,10 @@
 //! fault retried.
 
 use crate::{
-    compat::ehwpoison,
     ahead,
     around,
     collapse,
+    compat::ehwpoison,
     events::Access,
     ffi::{
         memfd::Pfn,

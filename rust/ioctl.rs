@@ -7,8 +7,8 @@
 //! after a descriptor is installed.
 
 use crate::{
-    compat::eopnotsupp,
     backing::Backing,
+    compat::eopnotsupp,
     ffi::{
         bounce::Bounce,
         file::RawFile,

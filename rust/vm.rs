@@ -121,7 +121,8 @@ impl Vm {
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )?;
-        let name = CString::try_from_fmt(fmt!("{}-{serial}", kernel::current!().group_leader().pid()))?;
+        let name =
+            CString::try_from_fmt(fmt!("{}-{serial}", kernel::current!().group_leader().pid()))?;
         let file = debugfs.read_callback_file(&name, this.clone(), &show);
         *this.debugfs.lock() = Some(KBox::pin_init(file, GFP_KERNEL)?);
         Ok(this)

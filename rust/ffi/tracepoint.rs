@@ -8,11 +8,11 @@
 //! Lock order: `tracepoint_module_list_mutex` (held by the kernel when it calls the notifier), then
 //! [`STATE`], then `tracepoints_mutex` (in `tracepoint_probe_register()`).
 
-use crate::compat::eopnotsupp;
 use super::{
     c,
     kvm, //
 };
+use crate::compat::eopnotsupp;
 use core::ptr::{
     null_mut,
     NonNull, //

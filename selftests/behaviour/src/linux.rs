@@ -5,7 +5,6 @@
 use std::fs;
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,29 +33,6 @@ const INITRD: &str = "build/demo/initrd-load";
 /// Pages below 1 MiB that the guest does not use: addresses of PCs' video memory and firmware. The
 /// ACPI tables are there, which it reads at boot only.
 pub const RESERVED_PAGES: Range<u64> = 0xa0..0x100;
-
-/// The pages that are wholly code of the guest's kernel: the first executable section of its ELF file
-/// that begins where the first segment does. The segment also has the physical address.
-pub fn code_pages() -> Result<Range<u64>> {
-    const PROGRAM_HEADERS: u64 = 32;
-    const SECTION_HEADERS: u64 = 40;
-    const SECTION_BYTES: u64 = 64;
-    const EXECUTABLE: u64 = 4;
-    let elf = fs::File::open(KERNEL)?;
-    let number = |at: u64| -> io::Result<u64> {
-        let mut bytes = [0; 8];
-        elf.read_exact_at(&mut bytes, at)?;
-        Ok(u64::from_le_bytes(bytes))
-    };
-    let segment = number(PROGRAM_HEADERS)?;
-    let (virtual_address, physical) = (number(segment + 16)?, number(segment + 24)?);
-    let mut section = number(SECTION_HEADERS)?;
-    while number(section + 8)? & EXECUTABLE == 0 || number(section + 16)? != virtual_address {
-        section += SECTION_BYTES;
-    }
-    let bytes = number(section + 32)?;
-    Ok(physical.div_ceil(PAGE)..(physical + bytes) / PAGE)
-}
 
 /// What the console has said so far.
 #[derive(Clone, Default)]

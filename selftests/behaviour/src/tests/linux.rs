@@ -119,13 +119,7 @@ fn dirty_pages_are_logged() -> Result {
             "page {page} was written, and is not in the log"
         );
     }
-    let code = linux::code_pages()?;
-    let logged_code = code.clone().filter(|page| is_logged(*page)).count();
-    println!(
-        "{changed} pages changed, {logged} logged of {}; of {} pages of code, {logged_code}",
-        ram.pages(),
-        code.clone().count()
-    );
+    println!("{changed} pages changed, {logged} logged of {}", ram.pages());
     ensure!(changed > 100, "only {changed} pages have changed");
     for page in linux::RESERVED_PAGES {
         ensure!(
@@ -133,11 +127,6 @@ fn dirty_pages_are_logged() -> Result {
             "page {page}, which is reserved, is in the log"
         );
     }
-    // The load executes a small part of the kernel, and does not write to it.
-    ensure!(
-        logged_code < code.clone().count() / 2,
-        "{logged_code} pages of the kernel's code, {code:?}, are in the log"
-    );
     let mut rest = vec![0; pages.len()];
     machine.harvest_dirty_pages(&mut rest)?;
     ensure_eq!(
