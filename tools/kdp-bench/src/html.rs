@@ -961,7 +961,9 @@ mod tests {
     #[test]
     fn the_machine_is_named() {
         let page = page(&rows()).unwrap();
-        assert!(page.contains("7.3.4 (stock)") && page.contains("a &lt;CPU&gt; &amp; &quot;more&quot;"));
+        assert!(
+            page.contains("7.3.4 (stock)") && page.contains("a &lt;CPU&gt; &amp; &quot;more&quot;")
+        );
         assert!(page.contains("The bounds are for the kernel 'fast'."));
         assert!(page.contains("on 'stock' (7.3.4). Its instruction counts differ."));
     }

@@ -119,7 +119,10 @@ fn dirty_pages_are_logged() -> Result {
             "page {page} was written, and is not in the log"
         );
     }
-    println!("{changed} pages changed, {logged} logged of {}", ram.pages());
+    println!(
+        "{changed} pages changed, {logged} logged of {}",
+        ram.pages()
+    );
     ensure!(changed > 100, "only {changed} pages have changed");
     for page in linux::RESERVED_PAGES {
         ensure!(
