@@ -3,6 +3,7 @@
 # The kernel command line names both (rootflags=, init=).
 export PATH=/bin
 busybox mount -t proc proc /proc
+# shellcheck disable=SC2013  # words are wanted
 for arg in $(busybox cat /proc/cmdline); do
 	case $arg in
 	rootflags=*) flags=${arg#rootflags=} ;;
