@@ -39,9 +39,8 @@ test: setup ## every test; T=PATTERN runs those whose names match (abi-, fault-,
 	@scripts/test --host $(KDP_KERNEL) $(if $(T),'$(T)')
 
 # The tests of what differs between kernels: the ABI's edge cases, faults, vCPUs and KVM's
-# tracepoints, and a Linux guest under QEMU. Tests of huge mappings and of memory errors fail on 7.2
-# (Documentation/price.md).
-SUBSET := abi- fault- vcpu- demo-resume-unmodified-qemu
+# tracepoints, huge mappings, memory errors, and a Linux guest under QEMU.
+SUBSET := abi- fault- vcpu- huge- poison- demo-resume-unmodified-qemu
 
 .PHONY: test-7.2
 test-7.2: ## a subset of the selftests on Debian's own kernel 7.2

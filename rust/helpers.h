@@ -27,6 +27,10 @@ typedef void (*kdp_memory_failure_event_probe)(void *data, unsigned long pfn,
 					       int type, int result);
 
 /* memory mapping */
+
+/* The kernel's own binding of VM_MAYSHARE has the value of VM_MAYEXEC in 7.2. */
+static const vm_flags_t KDP_VM_MAYSHARE = VM_MAYSHARE;
+
 bool kdp_fault_is_in_block(const struct vm_fault *vmf);
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address);
 void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,

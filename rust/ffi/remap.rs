@@ -70,7 +70,7 @@ const KNOWN: vm_flags_t = flags::READ
     | flags::MAYREAD
     | flags::MAYWRITE
     | flags::MAYEXEC
-    | flags::MAYSHARE
+    | c::KDP_VM_MAYSHARE
     | flags::PFNMAP
     | flags::MIXEDMAP
     | flags::DONTEXPAND
