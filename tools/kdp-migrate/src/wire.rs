@@ -273,7 +273,7 @@ pub enum Message<'a> {
     Ack(u64),
     /// To the destination: every page was sent, or is free.
     AllSent,
-    /// To the source: every page is here.
+    /// To the source: the guest runs here, and every page is here. It may overtake [`Started`](Self::Started).
     Done(Figures),
     /// To the destination: seen.
     Bye,

@@ -523,7 +523,9 @@ impl<'a, M: SourceMachine> Run<'a, M> {
             }
         }
         self.ready |= said.ready;
-        if said.started && self.started.is_none() && self.committed {
+        // Two threads of the destination send Started and Done, so Done may come first.
+        let runs_there = said.started || said.done.is_some();
+        if runs_there && self.started.is_none() && self.committed {
             self.started = Some(Instant::now());
         }
         if let (Some(figures), true) = (said.done, self.committed) {

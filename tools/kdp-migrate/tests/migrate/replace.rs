@@ -353,6 +353,24 @@ fn a_new_engine_is_sent_what_it_has_not_and_nothing_else() {
     }
 }
 
+/// The destination's threads send Started and Done, in either order.
+#[test]
+fn the_downtime_ends_with_done_if_started_comes_late() {
+    let (from, listener, id, run) = scripted(5);
+    let (mut engine, ..) = Script::accept(&listener);
+    engine.welcome(id);
+    assert_eq!(engine.hear(), Told::Prepare);
+    engine.send(&Message::Ready);
+    assert_eq!(engine.hear(), Told::Go);
+    let mut here = PageSet::new(PAGES);
+    engine.pages(usize::MAX, &mut here);
+    engine.send(&Message::Done(wire::Figures::default()));
+    assert_eq!(engine.hear(), Told::Bye);
+    let sent = run.join().unwrap().unwrap();
+    assert!(sent.downtime_ms > 0.0, "{}", sent.downtime_ms);
+    assert!(from.off().is_empty());
+}
+
 /// A page that was sent to the engine that died is asked for like any other.
 #[test]
 fn a_new_engine_asks_for_what_was_on_its_way_and_gets_it_first() {
