@@ -226,6 +226,9 @@ def virtme_args(args, kvm, stderr_fd):
         # The clock source is the same for all CPUs, emulated or not.
         "tsc=reliable",
         "random.trust_cpu=on",
+        # A kernel at a random address may lie in the only free GiB of a NUMA node. The node then has no huge page of
+        # 1 GiB.
+        "nokaslr",
     ]
     if not kvm:
         # Emulation on a busy host is not a lockup.
