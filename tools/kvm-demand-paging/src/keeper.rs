@@ -32,6 +32,7 @@ use rustix::{
 };
 use std::{
     collections::BTreeMap,
+    ops::Bound,
     os::unix::net::{UnixListener, UnixStream},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -238,13 +239,13 @@ impl Keeper {
                 Ok((Message::new(Op::Done, name), None))
             }
             Op::List => {
+                // By name, not by position: a VM that is released meanwhile hides no other VM.
                 let kept = self.kept();
-                let name = kept
+                let mut after = kept
                     .vms
-                    .keys()
-                    .nth(message.flags as usize)
-                    .map_or("", String::as_str);
-                Ok((Message::new(Op::Done, name), None))
+                    .range::<str, _>((Bound::Excluded(name), Bound::Unbounded));
+                let next = after.next().map_or("", |(name, _)| name.as_str());
+                Ok((Message::new(Op::Done, next), None))
             }
             Op::Done | Op::Refused => Err(Error::Peer(format!("{:?} is no request", message.op))),
         }
@@ -370,11 +371,10 @@ pub fn release(keeper: &Path, name: &str) -> Result<()> {
 /// The names of the VMs that the keeper at this socket keeps.
 pub fn list(keeper: &Path) -> Result<Vec<String>> {
     let stream = connect(keeper)?;
-    let mut names = Vec::new();
+    let mut names: Vec<String> = Vec::new();
     loop {
-        let mut message = Message::new(Op::List, "");
-        message.flags = names.len() as u32;
-        match ask(&stream, &message, None)?.0.name {
+        let last = names.last().map_or("", String::as_str);
+        match ask(&stream, &Message::new(Op::List, last), None)?.0.name {
             name if name.is_empty() => return Ok(names),
             name => names.push(name),
         }
@@ -422,6 +422,22 @@ mod tests {
             .unwrap_err()
             .to_string()
             .contains("'one'"));
+    }
+
+    #[test]
+    fn a_release_while_names_are_listed_hides_no_other_vm() {
+        let (_dir, path, keeper) = keeper();
+        let file = tempfile::tempfile().unwrap();
+        for name in ["a", "b", "c"] {
+            give_fd(&path, name, file.as_fd(), Until::Released).unwrap();
+        }
+        let stream = connect(&path).unwrap();
+        let after = |name| ask(&stream, &Message::new(Op::List, name), None).unwrap().0.name;
+        assert_eq!(after(""), "a");
+        keeper.remove(&mut keeper.kept(), "a").unwrap();
+        assert_eq!(after("a"), "b");
+        assert_eq!(after("b"), "c");
+        assert_eq!(after("c"), "");
     }
 
     #[test]

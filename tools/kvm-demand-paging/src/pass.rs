@@ -46,7 +46,7 @@ pub(crate) enum Op {
     Take = 2,
     /// Let go of the VM of this name.
     Drop = 3,
-    /// The name of the VM with the number that the flags hold.
+    /// The name that follows this name in alphabetical order. The answer has no name if there is none.
     List = 4,
     /// Done.
     Done = 0x80,
