@@ -172,7 +172,7 @@ fn descriptor(segment: &kvm_segment) -> u64 {
     0xffff | (access << 40) | (0xf << 48) | (flags << 52)
 }
 
-/// The first GiB one to one, by pages of 2 MiB; and the flat segments.
+/// Maps memory up to [`MAPPED_END`] one to one, by pages of 2 MiB, and writes the flat segments.
 fn write_tables(memory: &DeviceMemory) -> Result<()> {
     const PRESENT_WRITABLE: u64 = 3;
     const HUGE: u64 = 0x80;
@@ -187,7 +187,7 @@ fn write_tables(memory: &DeviceMemory) -> Result<()> {
         directory_pointers,
         &(directory | PRESENT_WRITABLE).to_le_bytes(),
     )?;
-    let entries = (0..512_u64).flat_map(|n| ((n << 21) | PRESENT_WRITABLE | HUGE).to_le_bytes());
+    let entries = (0..MAPPED_END >> 21).flat_map(|n| ((n << 21) | PRESENT_WRITABLE | HUGE).to_le_bytes());
     write(memory, directory, &entries.collect::<Vec<u8>>())?;
     let table = [0, 0, descriptor(&segment(CODE)), descriptor(&segment(DATA))];
     let table = table.into_iter().flat_map(u64::to_le_bytes);

@@ -10,7 +10,7 @@ use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{ByteValued, GuestAddress, GuestMemory};
 
-use super::layout::HIGH;
+use super::layout::{HIGH, MAPPED_END};
 
 /// The offset of the 64-bit entry of a bzImage from its load address.
 const ENTRY_64: u64 = 0x200;
@@ -130,6 +130,11 @@ fn load_elf(memory: &impl GuestMemory, file: Vec<u8>) -> Result<Loaded, String> 
         return Err(format!(
             "its entry, {entry:#x}, is not a physical address in any of its {} segments",
             segments.len()
+        ));
+    }
+    if entry >= MAPPED_END {
+        return Err(format!(
+            "its entry is at {entry:#x}, and the vCPU can start below {MAPPED_END:#x} only"
         ));
     }
     check_memory(memory, end, "to be loaded")?;
@@ -327,6 +332,12 @@ mod tests {
             (
                 elf(|header, _| header.e_entry = 0xffff_ffff_8100_0000),
                 "0xffffffff81000000, is not a physical",
+            ),
+            (
+                elf(|header, segment| {
+                    (header.e_entry, segment.p_paddr) = (MAPPED_END, MAPPED_END);
+                }),
+                "start below 0x40000000 only",
             ),
             (
                 elf(|_, segment| segment.p_paddr = 0x1000),
