@@ -55,6 +55,11 @@ if grep -q 'QEMU TCG' /proc/cpuinfo && [ "$(nproc)" -gt 1 ] && [ -e "$guard" ]; 
 	insmod "$guard" || tell "the guard against the emulator's lost interrupts cannot be loaded"
 fi
 
+# kmemleak is asked at the end. Its own scans, the first after a minute, hold a lock that each
+# allocation takes: an emulated VM stands still for minutes.
+leaks=/sys/kernel/debug/kmemleak
+[ ! -e $leaks ] || echo scan=off >$leaks
+
 jiffies() { awk '/^jiffies:/ { print $2; exit }' /proc/timer_list; }
 export KDP_KERNEL KDP_MODULE="$module"
 cd /kdp/src || poweroff -f
@@ -80,7 +85,6 @@ tell "command ended with status $status"
 
 # Two scans: the first one only notes the checksums of what it cannot find a pointer to, and nothing younger than
 # 5 seconds is looked at.
-leaks=/sys/kernel/debug/kmemleak
 if [ -e $leaks ] && [ "$leak_scan" = yes ]; then
 	sleep 6
 	echo scan >$leaks && echo scan >$leaks
