@@ -3,6 +3,7 @@
 # built. Prints TAP. The last line is `N passed, N failed`.
 #
 #   packages.sh FILES [PATTERN...]   FILES is a folder with the files that the packages installed
+# shellcheck disable=SC2317  # functions are called by name
 set -uo pipefail
 # shellcheck source=scripts/lib.sh
 . scripts/lib.sh
@@ -80,10 +81,8 @@ units() {
 	# reads PAGE: the VM has the right content at PAGE, which the page handler fetches.
 	reads() {
 		local said
-		said=$(inside timeout 60 python3 -c "
-	import mmap
-	with open('/dev/kdp/web1', 'r+b') as vm:
-	    print(int(mmap.mmap(vm.fileno(), 4096, offset=$1 * 4096)[:4095]))")
+		said=$(inside timeout 60 python3 -c "import mmap; vm = open('/dev/kdp/web1', 'r+b')
+print(int(mmap.mmap(vm.fileno(), 4096, offset=$1 * 4096)[:4095]))")
 		equal "page $1 of the VM" "$said" "$1"
 	}
 
