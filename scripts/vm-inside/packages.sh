@@ -58,9 +58,9 @@ units() {
 	ctl() { inside systemctl "$@"; }
 	# until_true WHAT COMMAND...: wait until COMMAND succeeds.
 	until_true() {
-		local what=$1 i
+		local what=$1 end=$((SECONDS + 60))
 		shift
-		for ((i = 0; i < 600; i++)); do
+		while ((SECONDS < end)); do
 			if "$@" >/dev/null 2>&1; then return; fi
 			sleep 0.1
 		done
