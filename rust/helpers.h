@@ -28,7 +28,7 @@ typedef void (*kdp_memory_failure_event_probe)(void *data, unsigned long pfn,
 
 /* memory mapping */
 
-/* The kernel's own binding of VM_MAYSHARE has the value of VM_MAYEXEC in 7.2. */
+/* In Linux 7.2, the kernel's Rust binding of VM_MAYSHARE has the value of VM_MAYEXEC. */
 static const vm_flags_t KDP_VM_MAYSHARE = VM_MAYSHARE;
 
 bool kdp_fault_is_in_block(const struct vm_fault *vmf);

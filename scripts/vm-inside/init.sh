@@ -55,8 +55,8 @@ if grep -q 'QEMU TCG' /proc/cpuinfo && [ "$(nproc)" -gt 1 ] && [ -e "$guard" ]; 
 	insmod "$guard" || tell "the guard against the emulator's lost interrupts cannot be loaded"
 fi
 
-# kmemleak is asked at the end. Its own scans, the first after a minute, hold a lock that each
-# allocation takes: an emulated VM stands still for minutes.
+# This script scans for leaks at the end. An automatic scan holds a lock that each allocation takes,
+# so an emulated VM stops for minutes.
 leaks=/sys/kernel/debug/kmemleak
 [ ! -e $leaks ] || echo scan=off >$leaks
 

@@ -43,7 +43,7 @@ units() {
 		KDP_KEEPER=unix:/run/kdp/keeper.sock
 	EOF
 
-	# Only what the units of the packages need.
+	# Mask the units that this test does not need.
 	for unit in systemd-journald.service systemd-udevd.service systemd-udev-trigger.service systemd-logind.service \
 		systemd-networkd.service getty.target; do
 		ln -sf /dev/null "$root/etc/systemd/system/$unit"
@@ -116,7 +116,7 @@ print(int(mmap.mmap(vm.fileno(), 4096, offset=$1 * 4096)[:4095]))")
 	say "# stop the page handler; the keeper has the VM until it is released"
 	ctl stop $handle
 	reads 1
-	has_web1 || fail "the keeper has let go of the VM"
+	has_web1 || fail "the keeper released the VM"
 	inside kdp kept --at unix:/run/kdp/keeper.sock --release web1
 	until_true "the VM is gone" inside test ! -e /dev/kdp/web1
 
@@ -125,7 +125,10 @@ print(int(mmap.mmap(vm.fileno(), 4096, offset=$1 * 4096)[:4095]))")
 	if ctl start kdp-handle@web2.service 2>/dev/null; then fail "it was started"; fi
 	equal "the result" "$(ctl show -p Result --value kdp-handle@web2.service)" exit-code
 	equal "its restarts" "$(ctl show -p NRestarts --value kdp-handle@web2.service)" 0
-	say "# the units work"
+
+	say "# a page handler without settings is not started"
+	if ctl start kdp-handle@web3.service 2>/dev/null; then fail "it was started"; fi
+	equal "the state" "$(ctl show -p ActiveState --value kdp-handle@web3.service)" inactive
 }
 
 insmod "$KDP_MODULE" || exit 1

@@ -226,8 +226,8 @@ def virtme_args(args, kvm, stderr_fd):
         # The clock source is the same for all CPUs, emulated or not.
         "tsc=reliable",
         "random.trust_cpu=on",
-        # A kernel at a random address may lie in the only free GiB of a NUMA node. The node then has no huge page of
-        # 1 GiB.
+        # With KASLR, the kernel can occupy the only free GiB of a NUMA node. That node then has no
+        # huge page of 1 GiB.
         "nokaslr",
     ]
     if not kvm:

@@ -273,7 +273,8 @@ pub enum Message<'a> {
     Ack(u64),
     /// To the destination: every page was sent, or is free.
     AllSent,
-    /// To the source: the guest runs here, and every page is here. It may overtake [`Started`](Self::Started).
+    /// To the source: the guest runs at the destination, which has every page. It may arrive before
+    /// [`Started`](Self::Started).
     Done(Figures),
     /// To the destination: seen.
     Bye,

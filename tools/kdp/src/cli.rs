@@ -10,8 +10,8 @@ use kvm_demand_paging::{
 use std::path::PathBuf;
 
 const EXIT_STATUS: &str = "Exit status:
-  0  it did what was asked, or was ended by SIGTERM or SIGINT
-  1  it could not go on: the one line on standard error says why
+  0  success, or ended by SIGTERM or SIGINT
+  1  failure: one line on standard error gives the reason
   2  the command line is wrong
 
 SIGUSR1 makes 'serve' and 'handle' print what they have counted until then.";
@@ -20,7 +20,7 @@ SIGUSR1 makes 'serve' and 'handle' print what they have counted until then.";
 #[derive(Parser)]
 #[command(name = "kdp", version, after_help = EXIT_STATUS, after_long_help = EXIT_STATUS)]
 pub struct Cli {
-    /// Say more on standard error: -v what happens, -vv details
+    /// Increase verbosity: -v events, -vv details
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
     #[command(subcommand)]
@@ -68,9 +68,8 @@ pub struct ServeArgs {
 
 /// Handle the faults of a VM: fetch the pages that are touched from a source and place them
 ///
-/// The VM is had in one of four ways: it is handed over by the VMM through a socket (--listen-fd), inherited
-/// (--fd), made here with one memslot that has a path under /dev/kdp (--create), or taken over from a keeper
-/// after another handler has died (--from-keeper).
+/// Obtain the VM in one of four ways: from the VMM through a socket (--listen-fd), by inheritance
+/// (--fd), as a new VM with one memslot (--create), or from a keeper (--from-keeper).
 ///
 /// It ends at SIGTERM or SIGINT, when the process that handed the VM over has ended, or when the process of
 /// --until-pid has ended. Pages that are absent then are lost to their guest, unless a keeper keeps the VM.
@@ -113,7 +112,7 @@ pub struct HandleArgs {
     /// Fetch the pages that nobody touches, too
     #[arg(long)]
     pub background: bool,
-    /// The most bytes a second that are asked for in the background (K, M, G)
+    /// Bandwidth limit of background prefetch, in bytes per second (K, M, G)
     #[arg(long, value_name = "BYTES", value_parser = units::bytes, requires = "background")]
     pub bandwidth: Option<u64>,
 
@@ -183,13 +182,13 @@ const SYSTEMD: &str = "Under systemd:
 
 /// Keep VMs when their page handlers end
 ///
-/// A page handler gives its VM with 'kdp handle --keeper', a VMM through the library. The next page
-/// handler takes it with 'kdp handle --from-keeper'. The keeper releases a VM that a VMM gave when
+/// A page handler gives its VM with 'kdp handle --keeper'. A VMM gives its VM through the library.
+/// The next page handler takes it with 'kdp handle --from-keeper'. The keeper releases a VM that a VMM gave when
 /// the VMM has ended. It releases a VM that a page handler gave on 'kdp kept --release'.
 #[derive(Args)]
 #[command(after_long_help = SYSTEMD)]
 pub struct KeepArgs {
-    /// Where to listen; not needed if systemd passes a socket
+    /// The socket to listen at. Omit it if systemd passes a socket
     #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
     pub listen: Option<PathBuf>,
     /// Write this file when VMs can be given; it holds the PID
@@ -197,13 +196,13 @@ pub struct KeepArgs {
     pub ready_file: Option<PathBuf>,
 }
 
-/// List the VMs that a keeper keeps, or make it let go of one
+/// List the VMs of a keeper, or release one of them
 #[derive(Args)]
 pub struct KeptArgs {
     /// The keeper's socket
     #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
     pub at: PathBuf,
-    /// Let go of the VM of this name
+    /// Release the VM with this name
     #[arg(long, value_name = "NAME")]
     pub release: Option<String>,
 }
@@ -229,7 +228,7 @@ const DOCTOR_STATUS: &str = "Exit status:
   1  demand paging does not work: at least one check is an error
   2  the command line is wrong";
 
-/// Check whether demand paging works on this host, and say what to do where it does not
+/// Check whether demand paging works on this host, and print how to fix what does not
 ///
 /// Prints each check: ok, warning or error, the name of the check, and the finding. Advice follows
 /// on a line that begins with 'do:'. Permissions and limits are those of the user who runs the

@@ -56,7 +56,7 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
         count if is_stored => {
             tracing::info!("{count} VMs stay in the service manager's fd store")
         }
-        count => tracing::warn!("{count} VMs are let go"),
+        count => tracing::warn!("the keeper releases {count} VMs"),
     }
     Ok(result?)
 }

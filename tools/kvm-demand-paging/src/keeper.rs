@@ -239,7 +239,8 @@ impl Keeper {
                 Ok((Message::new(Op::Done, name), None))
             }
             Op::List => {
-                // By name, not by position: a VM that is released meanwhile hides no other VM.
+                // Continue after a name, not at a position: a release during the list then skips
+                // no VM.
                 let kept = self.kept();
                 let mut after = kept
                     .vms
@@ -432,7 +433,12 @@ mod tests {
             give_fd(&path, name, file.as_fd(), Until::Released).unwrap();
         }
         let stream = connect(&path).unwrap();
-        let after = |name| ask(&stream, &Message::new(Op::List, name), None).unwrap().0.name;
+        let after = |name| {
+            ask(&stream, &Message::new(Op::List, name), None)
+                .unwrap()
+                .0
+                .name
+        };
         assert_eq!(after(""), "a");
         keeper.remove(&mut keeper.kept(), "a").unwrap();
         assert_eq!(after("a"), "b");

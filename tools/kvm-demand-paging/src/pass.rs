@@ -46,7 +46,7 @@ pub(crate) enum Op {
     Take = 2,
     /// Let go of the VM of this name.
     Drop = 3,
-    /// The name that follows this name in alphabetical order. The answer has no name if there is none.
+    /// The next name in alphabetical order. After the last one, the answer has an empty name.
     List = 4,
     /// Done.
     Done = 0x80,

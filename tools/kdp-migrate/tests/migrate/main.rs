@@ -619,7 +619,7 @@ fn a_page_that_never_comes_is_told_to_who_waits() {
 #[test]
 fn the_rest_is_asked_for_until_it_comes() {
     let options = DestinationOptions {
-        // All pages but one are sent within this time, beside other load, too.
+        // Even on a loaded machine, all pages but one are sent within this time.
         answer: Duration::from_secs(3),
         ..destination_options()
     };

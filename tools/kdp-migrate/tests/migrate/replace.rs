@@ -353,7 +353,7 @@ fn a_new_engine_is_sent_what_it_has_not_and_nothing_else() {
     }
 }
 
-/// The destination's threads send Started and Done, in either order.
+/// The threads of the destination may send Started and Done in either order.
 #[test]
 fn the_downtime_ends_with_done_if_started_comes_late() {
     let (from, listener, id, run) = scripted(5);

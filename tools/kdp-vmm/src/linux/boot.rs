@@ -187,7 +187,8 @@ fn write_tables(memory: &DeviceMemory) -> Result<()> {
         directory_pointers,
         &(directory | PRESENT_WRITABLE).to_le_bytes(),
     )?;
-    let entries = (0..MAPPED_END >> 21).flat_map(|n| ((n << 21) | PRESENT_WRITABLE | HUGE).to_le_bytes());
+    let entries =
+        (0..MAPPED_END >> 21).flat_map(|n| ((n << 21) | PRESENT_WRITABLE | HUGE).to_le_bytes());
     write(memory, directory, &entries.collect::<Vec<u8>>())?;
     let table = [0, 0, descriptor(&segment(CODE)), descriptor(&segment(DATA))];
     let table = table.into_iter().flat_map(u64::to_le_bytes);

@@ -134,7 +134,7 @@ fn load_elf(memory: &impl GuestMemory, file: Vec<u8>) -> Result<Loaded, String> 
     }
     if entry >= MAPPED_END {
         return Err(format!(
-            "its entry is at {entry:#x}, and the vCPU can start below {MAPPED_END:#x} only"
+            "its entry {entry:#x} is not below {MAPPED_END:#x}, the end of the initial page tables"
         ));
     }
     check_memory(memory, end, "to be loaded")?;
@@ -337,7 +337,7 @@ mod tests {
                 elf(|header, segment| {
                     (header.e_entry, segment.p_paddr) = (MAPPED_END, MAPPED_END);
                 }),
-                "start below 0x40000000 only",
+                "0x40000000 is not below 0x40000000",
             ),
             (
                 elf(|_, segment| segment.p_paddr = 0x1000),

@@ -20,7 +20,7 @@ pub(super) const COMMAND_LINE_MAX: usize = 2048;
 pub(super) const LOW_END: u64 = 0xa_0000;
 pub(super) const HIGH: u64 = 0x10_0000;
 
-/// The end of what the page tables of the first instruction map.
+/// The end of the memory that the vCPU's initial page tables map.
 pub(super) const MAPPED_END: u64 = 512 << 21;
 
 /// The room for the ACPI tables. Kernels also search here if they are not told the address.

@@ -91,7 +91,8 @@ fn error(found: impl Into<String>, advice: impl Into<String>) -> Finding {
 }
 
 const INSTALL_KERNEL: &str =
-    "apt install -t trixie-backports linux-image-amd64 linux-headers-amd64, then reboot";
+    "apt install -t trixie-backports linux-image-amd64 linux-headers-amd64 \
+     linux-source-7.3, then reboot";
 
 fn kernel(facts: &Facts) -> Finding {
     let Some(release) = &facts.release else {
@@ -138,7 +139,9 @@ fn config_rust(facts: &Facts) -> Finding {
     }
 }
 
-const INSTALL_MODULE: &str = "apt install kvm-demand-paging-dkms";
+const INSTALL_MODULE: &str =
+    "dkms autoinstall, if 'dkms status' lists kvm-demand-paging; if not, make deb, then \
+     apt install ./build/deb/kvm-demand-paging-dkms_*.deb";
 
 fn module_file(facts: &Facts) -> Finding {
     let release = facts.release.as_deref().unwrap_or("this kernel");
@@ -149,8 +152,8 @@ fn module_file(facts: &Facts) -> Finding {
                 Some(VERSION) => ok(format!("version {VERSION}, {path}")),
                 Some(other) => warning(
                     format!("version {other}, but kdp is {VERSION}: {path}"),
-                    "install kdp and the module from the same release: \
-                     apt install kvm-demand-paging kvm-demand-paging-dkms",
+                    "install kdp and the module from the same 'make deb': \
+                     apt install ./build/deb/kvm-demand-paging{,-dkms}_*.deb",
                 ),
                 None => warning(
                     format!("the version is unknown: modinfo shows none for {path}"),
@@ -242,8 +245,8 @@ fn access_advice(facts: &Facts) -> String {
                 node.group, facts.user
             )
         }
-        _ => "run as root, or give the group kdp access by the udev rule of the package: \
-              apt install kvm-demand-paging"
+        _ => "run as root, or install the udev rule, which gives the group kdp access: \
+              apt install ./build/deb/kvm-demand-paging_*.deb"
             .to_owned(),
     }
 }
@@ -602,7 +605,7 @@ pub(super) mod tests {
             Status::Error,
             "CONFIG_RUST is not set in /boot/config-x",
             "use a kernel with CONFIG_RUST=y: apt install -t trixie-backports linux-image-amd64 \
-             linux-headers-amd64, then reboot",
+             linux-headers-amd64 linux-source-7.3, then reboot",
         );
         expect(
             "config-rust",
@@ -632,8 +635,8 @@ pub(super) mod tests {
             Status::Warning,
             "version 0.8.0, but kdp is 0.9.0: \
              /lib/modules/7.3.4+deb13-amd64/updates/dkms/kvm_demand_paging.ko.xz",
-            "install kdp and the module from the same release: \
-             apt install kvm-demand-paging kvm-demand-paging-dkms",
+            "install kdp and the module from the same 'make deb': \
+             apt install ./build/deb/kvm-demand-paging{,-dkms}_*.deb",
         );
         expect(
             "module-file",
@@ -649,14 +652,16 @@ pub(super) mod tests {
             Status::Warning,
             "not installed for 7.3.4+deb13-amd64: \
              the module is loaded now, but not after a reboot",
-            "apt install kvm-demand-paging-dkms",
+            "dkms autoinstall, if 'dkms status' lists kvm-demand-paging; if not, make deb, then \
+             apt install ./build/deb/kvm-demand-paging-dkms_*.deb",
         );
         expect(
             "module-file",
             |facts| (facts.installed, facts.loaded) = (None, None),
             Status::Error,
             "not installed for 7.3.4+deb13-amd64",
-            "apt install kvm-demand-paging-dkms",
+            "dkms autoinstall, if 'dkms status' lists kvm-demand-paging; if not, make deb, then \
+             apt install ./build/deb/kvm-demand-paging-dkms_*.deb",
         );
     }
 
@@ -690,7 +695,8 @@ pub(super) mod tests {
             |facts| (facts.installed, facts.loaded) = (None, None),
             Status::Error,
             "not loaded",
-            "apt install kvm-demand-paging-dkms, then: modprobe kvm_demand_paging",
+            "dkms autoinstall, if 'dkms status' lists kvm-demand-paging; if not, make deb, then \
+             apt install ./build/deb/kvm-demand-paging-dkms_*.deb, then: modprobe kvm_demand_paging",
         );
     }
 
@@ -733,8 +739,8 @@ pub(super) mod tests {
                 });
             }
         };
-        let udev = "run as root, or give the group kdp access by the udev rule of the package: \
-                    apt install kvm-demand-paging";
+        let udev = "run as root, or install the udev rule, which gives the group kdp access: \
+                    apt install ./build/deb/kvm-demand-paging_*.deb";
         expect(
             "device",
             denied(0o660, "kdp"),
