@@ -107,11 +107,14 @@ print(int(mmap.mmap(vm.fileno(), 4096, offset=$1 * 4096)[:4095]))")
 	until_true "the next keeper has the VM" has_web1
 	reads 2
 
-	say "# kill the page handler"
-	was=$(pid_of $handle)
-	ctl kill --signal=KILL $handle
-	until_true "another page handler runs" another_runs $handle "$was"
-	reads 3
+	# More often than systemd allows by default.
+	for page in 3 4 5 6 7 8; do
+		say "# kill the page handler"
+		was=$(pid_of $handle)
+		ctl kill --signal=KILL $handle
+		until_true "another page handler runs" another_runs $handle "$was"
+		reads $page
+	done
 
 	say "# stop the page handler; the keeper has the VM until it is released"
 	ctl stop $handle
@@ -124,6 +127,7 @@ print(int(mmap.mmap(vm.fileno(), 4096, offset=$1 * 4096)[:4095]))")
 	: >$root/etc/kdp/handle/web2.env
 	if ctl start kdp-handle@web2.service 2>/dev/null; then fail "it was started"; fi
 	equal "the result" "$(ctl show -p Result --value kdp-handle@web2.service)" exit-code
+	equal "the state" "$(ctl show -p SubState --value kdp-handle@web2.service)" failed
 	equal "its restarts" "$(ctl show -p NRestarts --value kdp-handle@web2.service)" 0
 
 	say "# a page handler without settings is not started"

@@ -168,12 +168,17 @@ fn subject(args: &HandleArgs, inherited: Option<Vm>) -> Result<Subject, Failure>
     })
 }
 
+/// Time for a client of the socket to hand its VM over.
+const HAND_OVER: Duration = Duration::from_secs(10);
+
 /// Wait until the VMM hands its VM over.
 fn handed_over(path: &Path, args: &HandleArgs) -> Result<Subject, Failure> {
     let listener = bind_unix(path).on(format_args!("cannot listen at unix:{}", path.display()))?;
     let ready = Ready::tell(args.ready_file.as_ref())?;
     let result = loop {
         let (stream, _) = listener.accept().on(path.display())?;
+        // A client that says nothing must not keep the VMM waiting.
+        stream.set_read_timeout(Some(HAND_OVER)).on("SO_RCVTIMEO")?;
         match receive_vm(&stream) {
             Ok((vm, name)) => {
                 tracing::info!("the VM '{name}' was handed over");

@@ -238,7 +238,7 @@ impl Keeper {
                 tracing::info!("let go of the VM '{name}'");
                 Ok((Message::new(Op::Done, name), None))
             }
-            Op::List => {
+            Op::Next => {
                 // Continue after a name, not at a position: a release during the list then skips
                 // no VM.
                 let kept = self.kept();
@@ -375,9 +375,14 @@ pub fn list(keeper: &Path) -> Result<Vec<String>> {
     let mut names: Vec<String> = Vec::new();
     loop {
         let last = names.last().map_or("", String::as_str);
-        match ask(&stream, &Message::new(Op::List, last), None)?.0.name {
+        match ask(&stream, &Message::new(Op::Next, last), None)?.0.name {
             name if name.is_empty() => return Ok(names),
-            name => names.push(name),
+            name if name.as_str() > last => names.push(name),
+            name => {
+                return Err(Error::Peer(format!(
+                    "the keeper listed '{name}' after '{last}': the names must ascend"
+                )))
+            }
         }
     }
 }
@@ -434,7 +439,7 @@ mod tests {
         }
         let stream = connect(&path).unwrap();
         let after = |name| {
-            ask(&stream, &Message::new(Op::List, name), None)
+            ask(&stream, &Message::new(Op::Next, name), None)
                 .unwrap()
                 .0
                 .name
@@ -444,6 +449,21 @@ mod tests {
         assert_eq!(after("a"), "b");
         assert_eq!(after("b"), "c");
         assert_eq!(after("c"), "");
+    }
+
+    #[test]
+    fn a_keeper_that_repeats_a_name_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keeper");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            while receive(&stream).unwrap().is_some() {
+                send(&stream, &Message::new(Op::Done, "a"), None).unwrap();
+            }
+        });
+        let error = list(&path).unwrap_err().to_string();
+        assert!(error.contains("'a' after 'a'"), "{error}");
     }
 
     #[test]

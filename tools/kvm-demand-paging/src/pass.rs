@@ -47,7 +47,7 @@ pub(crate) enum Op {
     /// Let go of the VM of this name.
     Drop = 3,
     /// The next name in alphabetical order. After the last one, the answer has an empty name.
-    List = 4,
+    Next = 5,
     /// Done.
     Done = 0x80,
     /// Not done, and why.
@@ -59,7 +59,7 @@ impl Op {
         Self::Give,
         Self::Take,
         Self::Drop,
-        Self::List,
+        Self::Next,
         Self::Done,
         Self::Refused,
     ];
