@@ -16,6 +16,7 @@
  *   kdp_writes   pages written in a round (512)
  *   kdp_churn    MiB that a second process allocates, fills, checks and frees all the time (0: none), in parts, so that
  *                free memory is told of and used again
+ *   kdp_churn_pause  milliseconds between those parts (0)
  *   kdp_spike    MiB that are allocated, written and freed once (0: none)
  *   kdp_spike_at the round before which they are (1)
  *   kdp_rounds   rounds until it checks everything, says "KDP-LOAD done" and resets the machine (0: for ever)
@@ -164,8 +165,18 @@ static void close_area(struct area *area)
 	munmap(area->words, area->pages * PAGE);
 }
 
-/* Takes memory, fills and checks it, and gives it back, part by part, for ever; how many pages so far is in @churned. */
-static void churn(unsigned long mib, volatile uint64_t *churned)
+static void sleep_ms(unsigned long ms)
+{
+	struct timespec time = { ms / 1000, ms % 1000 * 1000000 };
+
+	nanosleep(&time, NULL);
+}
+
+/*
+ * Takes memory, fills and checks it, and gives it back, part by part, for ever. The number of pages so far is in
+ * @churned.
+ */
+static void churn(unsigned long mib, unsigned long pause, volatile uint64_t *churned)
 {
 	struct area area;
 	uint64_t random = 1;
@@ -178,6 +189,8 @@ static void churn(unsigned long mib, volatile uint64_t *churned)
 		check_all(&area);
 		*churned += area.pages;
 		close_area(&area);
+		if (pause)
+			sleep_ms(pause);
 	}
 }
 
@@ -212,9 +225,8 @@ static uint64_t now(void)
 
 int main(void)
 {
-	unsigned long writes, rounds, churned_mib, spike_at;
+	unsigned long writes, rounds, churned_mib, spike_at, pause;
 	volatile uint64_t *churned;
-	struct timespec pause;
 	const char *rejected;
 	struct area area;
 	int console;
@@ -238,7 +250,7 @@ int main(void)
 	writes = wanted("kdp_writes", 512);
 	rounds = wanted("kdp_rounds", 0);
 	churned_mib = wanted("kdp_churn", 0);
-	pause = (struct timespec){ .tv_nsec = wanted("kdp_pause", 20) % 1000 * 1000000L };
+	pause = wanted("kdp_pause", 20);
 	spike_at = wanted("kdp_spike_at", 1);
 	churned = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (churned == MAP_FAILED)
@@ -249,7 +261,7 @@ int main(void)
 			die("fork");
 			break;
 		case 0:
-			churn(churned_mib, churned);
+			churn(churned_mib, wanted("kdp_churn_pause", 0), churned);
 		}
 	}
 
@@ -272,7 +284,7 @@ int main(void)
 		printf("KDP-LOAD round %lu wrote %llu checked %llu churned %llu ns %llu\n", round,
 		       (unsigned long long)area.writes, (unsigned long long)area.checks,
 		       (unsigned long long)*churned, (unsigned long long)now());
-		nanosleep(&pause, NULL);
+		sleep_ms(pause);
 	}
 	if (!check_all(&area))
 		printf("KDP-LOAD done, all of %lu pages are right\n", area.pages);

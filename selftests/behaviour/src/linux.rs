@@ -196,7 +196,8 @@ pub fn boot_in(ram: Arc<Ram>, vcpus: u8, parameters: &str, console: &Console) ->
     let kernel = Kernel {
         image: KERNEL.into(),
         initrd: Some(INITRD.into()),
-        append: format!("quiet {parameters}"),
+        // An emulated CPU does not speculate, and no module of the guest's is under test.
+        append: format!("quiet mitigations=off audit=0 lsm= {parameters}"),
     };
     let mut machine = Machine::boot(ram, vcpus, &kernel, setup(console, None))?;
     machine.start()?;
@@ -218,6 +219,11 @@ pub fn restore(
     let mut machine = Machine::restore(ram, state, setup(console, requester))?;
     machine.start()?;
     Ok(machine)
+}
+
+/// A guest in a state, which does not run yet.
+pub fn restore_stopped(ram: Arc<Ram>, state: &[u8], console: &Console) -> Result<Machine> {
+    Ok(Machine::restore(ram, state, setup(console, None))?)
 }
 
 /// Why a state is refused, if it is.
@@ -264,7 +270,8 @@ pub fn snapshot() -> Result<Snapshot> {
     if !fs::exists(STATE)? {
         let console = Console::default();
         let ram = Arc::new(Ram::create(Backing::Shmem, MEMORY)?);
-        let load = "kdp_churn=8 kdp_mib=8 kdp_writes=128";
+        // Without what the boot has left in free memory, the guest moves in half the time.
+        let load = "init_on_free=1 kdp_churn=8 kdp_churn_pause=100 kdp_mib=8 kdp_writes=128";
         let mut machine = boot_in(ram, 2, load, &console)?;
         wait_for_load(&console)?;
         machine.stop()?;

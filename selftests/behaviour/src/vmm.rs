@@ -178,9 +178,9 @@ impl Vmm {
         let snapshot = snapshot()?;
         let console = Console::default();
         let ram = linux::memory(Some(&snapshot.memory))?;
-        let machine = linux::restore(ram, &snapshot.state, &console, None)?;
+        // While it does not run, it takes no CPU time from the migration, and writes nothing.
+        let machine = linux::restore_stopped(ram, &snapshot.state, &console)?;
         let mut options = SourceOptions::default();
-        // A few make the guest's stop short, which is not what counts here.
         options.rounds.max_rounds = 1;
         let source = Source::new(Outgoing::new(Arc::new(Mutex::new(machine)), true), options);
         let report = source.run(&self.address()?, &mut |_| {})?;
