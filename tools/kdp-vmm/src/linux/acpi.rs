@@ -215,7 +215,7 @@ fn package(contents: &[u8]) -> Vec<u8> {
     } else {
         let len = len + 1;
         debug_assert!(len <= TWO_BYTES, "{len} bytes of AML in one package");
-        vec![1 << 6 | (len & 0xf) as u8, (len >> 4) as u8]
+        vec![(1 << 6) | (len & 0xf) as u8, (len >> 4) as u8]
     };
     [length.as_slice(), contents].concat()
 }
