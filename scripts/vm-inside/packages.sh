@@ -58,7 +58,7 @@ units() {
 	ctl() { inside systemctl "$@"; }
 	# until_true WHAT COMMAND...: wait until COMMAND succeeds.
 	until_true() {
-		local what=$1 end=$((SECONDS + 60))
+		local what=$1 end=$((SECONDS + 300))
 		shift
 		while ((SECONDS < end)); do
 			if "$@" >/dev/null 2>&1; then return; fi
@@ -66,7 +66,7 @@ units() {
 		done
 		dmesg | tail -n 40
 		ctl status --no-pager kdp-keeper.service kdp-handle@web1.service || true
-		fail "waited 60 s: $what"
+		fail "waited 300 s: $what"
 	}
 	found() { systemd=$(pgrep -P $! -x systemd); }
 	until_true "systemd is there" found
