@@ -173,8 +173,8 @@ static void sleep_ms(unsigned long ms)
 }
 
 /*
- * Takes memory, fills and checks it, and gives it back, part by part, for ever. The number of pages so far is in
- * @churned.
+ * Takes memory, fills and checks it, and gives it back, part by part, for ever. The number of pages so
+ * far is in @churned.
  */
 static void churn(unsigned long mib, unsigned long pause, volatile uint64_t *churned)
 {

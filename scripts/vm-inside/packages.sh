@@ -26,7 +26,8 @@ units() {
 	mkdir -p $work/{files,upper,work} $root
 	cp -a "$files/." $work/files
 	modprobe -q overlay || true
-	mount -t overlay -o lowerdir=$work/files:/,upperdir=$work/upper,workdir=$work/work overlay $root
+	mount -t overlay -o lowerdir=$work/files:/,upperdir=$work/upper,workdir=$work/work \
+		overlay $root
 	mount --rbind /dev $root/dev
 	mount --rbind /sys $root/sys
 	mount -t tmpfs -o mode=755 run $root/run
@@ -44,8 +45,8 @@ units() {
 	EOF
 
 	# Mask the units that this test does not need.
-	for unit in systemd-journald.service systemd-udevd.service systemd-udev-trigger.service systemd-logind.service \
-		systemd-networkd.service getty.target; do
+	for unit in systemd-journald.service systemd-udevd.service systemd-udev-trigger.service \
+		systemd-logind.service systemd-networkd.service getty.target; do
 		ln -sf /dev/null "$root/etc/systemd/system/$unit"
 	done
 	printf '[Manager]\nDefaultStandardOutput=kmsg\nLogTarget=kmsg\n' >$root/etc/systemd/system.conf

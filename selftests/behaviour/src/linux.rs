@@ -196,7 +196,7 @@ pub fn boot_in(ram: Arc<Ram>, vcpus: u8, parameters: &str, console: &Console) ->
     let kernel = Kernel {
         image: KERNEL.into(),
         initrd: Some(INITRD.into()),
-        // An emulated CPU does not speculate, and no module of the guest's is under test.
+        // An emulated CPU does not speculate, and no test needs audit or an LSM in the guest.
         append: format!("quiet mitigations=off audit=0 lsm= {parameters}"),
     };
     let mut machine = Machine::boot(ram, vcpus, &kernel, setup(console, None))?;
@@ -270,7 +270,7 @@ pub fn snapshot() -> Result<Snapshot> {
     if !fs::exists(STATE)? {
         let console = Console::default();
         let ram = Arc::new(Ram::create(Backing::Shmem, MEMORY)?);
-        // Without what the boot has left in free memory, the guest moves in half the time.
+        // Free pages are zeros, and the churn leaves CPU time to the migration.
         let load = "init_on_free=1 kdp_churn=8 kdp_churn_pause=100 kdp_mib=8 kdp_writes=128";
         let mut machine = boot_in(ram, 2, load, &console)?;
         wait_for_load(&console)?;

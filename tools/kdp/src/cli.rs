@@ -183,8 +183,9 @@ const SYSTEMD: &str = "Under systemd:
 /// Keep VMs when their page handlers end
 ///
 /// A page handler gives its VM with 'kdp handle --keeper'. A VMM gives its VM through the library.
-/// The next page handler takes it with 'kdp handle --from-keeper'. The keeper releases a VM that a VMM gave when
-/// the VMM has ended. It releases a VM that a page handler gave on 'kdp kept --release'.
+/// The next page handler takes it with 'kdp handle --from-keeper'. The keeper releases a VM that a
+/// VMM gave when the VMM has ended. It releases a VM that a page handler gave on 'kdp kept
+/// --release'.
 #[derive(Args)]
 #[command(after_long_help = SYSTEMD)]
 pub struct KeepArgs {

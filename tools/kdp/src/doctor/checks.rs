@@ -696,7 +696,8 @@ pub(super) mod tests {
             Status::Error,
             "not loaded",
             "dkms autoinstall, if 'dkms status' lists kvm-demand-paging; if not, make deb, then \
-             apt install ./build/deb/kvm-demand-paging-dkms_*.deb, then: modprobe kvm_demand_paging",
+             apt install ./build/deb/kvm-demand-paging-dkms_*.deb, then: \
+             modprobe kvm_demand_paging",
         );
     }
 
