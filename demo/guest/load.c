@@ -14,6 +14,7 @@
  *
  *   kdp_mib      the size of the pages in MiB (16)
  *   kdp_writes   pages written in a round (512)
+ *   kdp_check    rounds until it looks at all of its pages (16)
  *   kdp_churn    MiB that a second process allocates, fills, checks and frees all the time (0: none), in parts, so that
  *                free memory is told of and used again
  *   kdp_churn_pause  milliseconds between those parts (0)
@@ -225,7 +226,7 @@ static uint64_t now(void)
 
 int main(void)
 {
-	unsigned long writes, rounds, churned_mib, spike_at, pause;
+	unsigned long writes, check, rounds, churned_mib, spike_at, pause;
 	volatile uint64_t *churned;
 	const char *rejected;
 	struct area area;
@@ -248,6 +249,7 @@ int main(void)
 		die(rejected);
 
 	writes = wanted("kdp_writes", 512);
+	check = wanted("kdp_check", 16);
 	rounds = wanted("kdp_rounds", 0);
 	churned_mib = wanted("kdp_churn", 0);
 	pause = wanted("kdp_pause", 20);
@@ -266,9 +268,9 @@ int main(void)
 	}
 
 	open_area(&area, "own", wanted("kdp_mib", 16) * MIB / PAGE);
-	if (!area.pages) {
+	if (!area.pages || !check) {
 		errno = EINVAL;
-		die("kdp_mib");
+		die(check ? "kdp_mib" : "kdp_check");
 	}
 	for (unsigned long round = 1; !rounds || round <= rounds; round++) {
 		if (round == spike_at)
@@ -279,7 +281,7 @@ int main(void)
 			check_page(&area, n);
 			write_page(&area, n);
 		}
-		if (round % 16 == 0)
+		if (round % check == 0)
 			check_all(&area);
 		printf("KDP-LOAD round %lu wrote %llu checked %llu churned %llu ns %llu\n", round,
 		       (unsigned long long)area.writes, (unsigned long long)area.checks,

@@ -254,6 +254,11 @@ def virtme_args(args, kvm, stderr_fd):
         # Without ERMS and FSRM: emulation does `rep movsb` byte by byte, and counts it so. Without LA57: the kernel's
         # KASAN takes a good address for a bad one when an interrupt comes while it identifies the boot CPU.
         qemu = ["-cpu", "max,family=23,model=49,+svm,+npt,-la57,-erms,-fsrm"]
+        # An ioeventfd has QEMU's main loop poll it. Emulated timers wake this loop all the time, and
+        # a virtio-serial device has 64 queues unless it has few ports.
+        for device in ("virtio-9p-pci", "virtio-serial-pci"):
+            qemu += ["-global", f"{device}.ioeventfd=off"]
+        qemu += ["-global", "virtio-serial-pci.max_ports=8"]
         clock = ["-icount", "shift=0,sleep=off"] if args.icount else []
         qemu += ["-accel", "tcg" if args.icount else "tcg,thread=multi", *clock]
     # The root is read-only; the checkout, which lies in it, is exported once more to be written.

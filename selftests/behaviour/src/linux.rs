@@ -2,10 +2,11 @@
 
 //! A Linux guest in the small VMM, with the load that checks itself (demo/guest/load.c).
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::ops::Range;
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use crate::harness::on_debug_kernel;
 use crate::slot::{need_kvm, PAGE};
 
 /// Guest memory.
-pub const MEMORY: u64 = 128 << 20;
+pub const MEMORY: u64 = 96 << 20;
 
 /// How long a guest may take for what it does in a second on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,6 +27,12 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub fn boot_time() -> Duration {
     Duration::from_secs(if on_debug_kernel() { 1200 } else { 300 })
 }
+
+/// A page that needs no copy.
+const ZEROS: &[u8] = &[0; PAGE as usize];
+
+/// Rounds until the load of [`snapshot`] looks at all of its pages.
+const CHECK: u64 = 4;
 
 const KERNEL: &str = "build/demo/bzImage";
 const INITRD: &str = "build/demo/initrd-load";
@@ -116,10 +123,9 @@ impl Console {
 
     /// Wait until its load has looked at all that it has written, as it does now and then.
     pub fn wait_whole_check(&self) -> Result {
-        const EVERY: u64 = 16;
         let deadline = Instant::now() + PATIENCE;
         let before = self.rounds().last().map_or(0, |round| round.number);
-        let is_whole = |round: &Round| round.number > before && round.number % EVERY == 0;
+        let is_whole = |round: &Round| round.number > before && round.number % CHECK == 0;
         while !self.rounds().iter().any(is_whole) {
             ensure!(
                 Instant::now() < deadline,
@@ -232,27 +238,33 @@ pub fn refusal(ram: Arc<Ram>, state: &[u8]) -> Option<String> {
     machine.err().map(|e| e.to_string())
 }
 
-/// Memory of a guest that is to go on: what `from` has, or all of it absent.
-pub fn memory(from: Option<&Memfd>) -> Result<Arc<Ram>> {
+/// Memory of a guest that is to go on: what a file has, or all of it absent.
+pub fn memory(from: Option<BorrowedFd<'_>>) -> Result<Arc<Ram>> {
     let memfd = Memfd::create("kdp-behaviour", Backing::Shmem, MEMORY)?;
-    let Some(from) = from else {
-        return Ok(Arc::new(Ram::new(Vm::open()?, 0, memfd, Paging::On)?));
+    let paging = match from {
+        Some(from) => {
+            let to = File::from(memfd.as_fd().try_clone_to_owned()?);
+            copy_data(&File::from(from.try_clone_to_owned()?), &to)?;
+            Paging::OnPresent
+        }
+        None => Paging::On,
     };
-    let to = memfd.map_all()?;
-    let mut page = [0; PAGE as usize];
-    for n in 0..MEMORY / PAGE {
-        from.read(n, &mut page)?;
-        if page.iter().any(|byte| *byte != 0) {
-            to.write(n, &page)?;
+    Ok(Arc::new(Ram::new(Vm::open()?, 0, memfd, paging)?))
+}
+
+/// Copy the pages of guest memory that are not zeros. The others stay holes.
+fn copy_data(from: &File, to: &File) -> Result {
+    const STEP: usize = 1 << 20;
+    let mut bytes = vec![0; STEP];
+    for start in (0..MEMORY).step_by(STEP) {
+        from.read_exact_at(&mut bytes, start)?;
+        for (n, page) in (0..).zip(bytes.chunks_exact(ZEROS.len())) {
+            if page != ZEROS {
+                to.write_all_at(page, start + n * PAGE)?;
+            }
         }
     }
-    drop(to);
-    Ok(Arc::new(Ram::new(
-        Vm::open()?,
-        0,
-        memfd,
-        Paging::OnPresent,
-    )?))
+    Ok(())
 }
 
 /// A guest that was stopped in its first rounds: its state, and its memory.
@@ -260,7 +272,7 @@ pub struct Snapshot {
     /// What [`restore`] takes.
     pub state: Vec<u8>,
     /// Its memory.
-    pub memory: Memfd,
+    pub memory: File,
 }
 
 /// The guest of several tests: a boot takes long, so the first of them saves it for all.
@@ -270,41 +282,31 @@ pub fn snapshot() -> Result<Snapshot> {
     if !fs::exists(STATE)? {
         let console = Console::default();
         let ram = Arc::new(Ram::create(Backing::Shmem, MEMORY)?);
-        // Free pages are zeros, and the churn leaves CPU time to the migration.
-        let load = "init_on_free=1 kdp_churn=8 kdp_churn_pause=100 kdp_mib=8 kdp_writes=128";
-        let mut machine = boot_in(ram, 2, load, &console)?;
+        // Each byte of the console is an exit to the VMM, so there are few rounds, of many writes.
+        // The churn leaves CPU time to the migration.
+        let load = format!(
+            "kdp_mib=4 kdp_writes=256 kdp_check={CHECK} kdp_pause=150 kdp_churn=4 kdp_churn_pause=300"
+        );
+        let mut machine = boot_in(ram, 2, &load, &console)?;
         wait_for_load(&console)?;
         machine.stop()?;
         console.check()?;
         let state = machine.save()?;
-        write_memory(machine.ram().memfd(), Path::new(RAM))?;
+        let memory = File::create(RAM)?;
+        memory.set_len(MEMORY)?;
+        copy_data(
+            &machine.ram().memfd().as_fd().try_clone_to_owned()?.into(),
+            &memory,
+        )?;
         // Last: who finds it finds all.
         let part = format!("{STATE}.part");
         fs::write(&part, state)?;
         fs::rename(part, STATE)?;
     }
-    let memory = Memfd::create("snapshot", Backing::Shmem, MEMORY)?;
-    let map = memory.map_all()?;
-    let bytes = fs::read(RAM)?;
-    for (n, page) in (0..).zip(bytes.chunks_exact(PAGE as usize)) {
-        if page.iter().any(|byte| *byte != 0) {
-            map.write(n, page)?;
-        }
-    }
     Ok(Snapshot {
         state: fs::read(STATE)?,
-        memory,
+        memory: File::open(RAM)?,
     })
-}
-
-fn write_memory(memfd: &Memfd, path: &Path) -> Result {
-    let mut file = io::BufWriter::new(fs::File::create(path)?);
-    let mut page = [0; PAGE as usize];
-    for n in 0..memfd.size() / PAGE {
-        memfd.read(n, &mut page)?;
-        file.write_all(&page)?;
-    }
-    Ok(file.flush()?)
 }
 
 /// Fails if the guest has ended, with how it did.

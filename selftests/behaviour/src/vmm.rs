@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -177,7 +178,7 @@ impl Vmm {
     pub fn bring(&self) -> Result<Console> {
         let snapshot = snapshot()?;
         let console = Console::default();
-        let ram = linux::memory(Some(&snapshot.memory))?;
+        let ram = linux::memory(Some(snapshot.memory.as_fd()))?;
         // While it does not run, it takes no CPU time from the migration, and writes nothing.
         let machine = linux::restore_stopped(ram, &snapshot.state, &console)?;
         let mut options = SourceOptions::default();

@@ -2,12 +2,14 @@
 
 //! Linux in the small VMM: what it takes to move it, and how it tells which memory it does not use.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kdp_vmm::linux::{End, HintSink, PageRequester};
-use kvm_demand_paging::{Memfd, PageRange};
+use kvm_demand_paging::PageRange;
 
 use crate::check::Result;
 use crate::linux::{self, restore, snapshot, Console, MEMORY};
@@ -29,7 +31,7 @@ tests! {
 fn goes_on() -> Result {
     const AWAY: Duration = Duration::from_secs(10);
     let snapshot = snapshot()?;
-    let ram = linux::memory(Some(&snapshot.memory))?;
+    let ram = linux::memory(Some(snapshot.memory.as_fd()))?;
     let console = Console::default();
     let mut state = snapshot.state;
     for turn in 0..3 {
@@ -89,13 +91,13 @@ fn other_states_are_refused() -> Result {
 /// it maps the page writable.
 fn dirty_pages_are_logged() -> Result {
     let snapshot = snapshot()?;
-    let ram = linux::memory(Some(&snapshot.memory))?;
+    let ram = linux::memory(Some(snapshot.memory.as_fd()))?;
     let console = Console::default();
     let mut machine = restore(ram.clone(), &snapshot.state, &console, None)?;
     console.wait_rounds(1)?;
     machine.stop()?;
     machine.log_dirty_pages(true)?;
-    let before = linux::memory(Some(ram.memfd()))?;
+    let before = linux::memory(Some(ram.memfd().as_fd()))?;
     let mut pages = vec![0; (ram.pages() / 64) as usize];
     machine.start()?;
     for _ in 0..3 {
@@ -143,7 +145,7 @@ fn dirty_pages_are_logged() -> Result {
 /// Pages of a guest that was elsewhere.
 struct Elsewhere {
     ram: Arc<kdp_vmm::linux::Ram>,
-    source: Memfd,
+    source: File,
     fetched: Mutex<u64>,
     /// Fetch no more than that.
     most: u64,
@@ -160,7 +162,7 @@ impl PageRequester for Elsewhere {
         }
         *fetched += 1;
         let mut bytes = [0; PAGE as usize];
-        self.source.read(page, &mut bytes)?;
+        self.source.read_exact_at(&mut bytes, page * PAGE)?;
         let paged = self.ram.paged().ok_or("the device does not page it")?;
         paged.vm().place(paged.slot_id(), page, &bytes)?;
         Ok(())
@@ -266,7 +268,7 @@ impl HintSink for Sink {
 /// stop. The guest goes on, and has its memory back.
 fn hints_carry_their_command() -> Result {
     let snapshot = snapshot()?;
-    let ram = linux::memory(Some(&snapshot.memory))?;
+    let ram = linux::memory(Some(snapshot.memory.as_fd()))?;
     let console = Console::default();
     let mut machine = restore(ram.clone(), &snapshot.state, &console, None)?;
     let balloon = machine.balloon();
@@ -347,7 +349,8 @@ fn reported_pages_are_given_back() -> Result {
     let before = allocated(ram.memfd().as_fd())?;
     ensure!(before >= BYTES, "{before} bytes are there of {BYTES}");
     const PEAK: u64 = 64 << 20;
-    let parameters = "kdp_spike=64 kdp_spike_at=150 kdp_mib=8 kdp_writes=64 kdp_rounds=400";
+    let parameters =
+        "kdp_spike=64 kdp_spike_at=25 kdp_mib=8 kdp_writes=64 kdp_rounds=80 kdp_pause=100";
     let machine = linux::boot_in(ram, 1, parameters, &console)?;
     let deadline = Instant::now() + linux::boot_time();
     let balloon = machine.balloon();

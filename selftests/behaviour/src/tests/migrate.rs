@@ -276,10 +276,11 @@ fn refused_orders_change_nothing() -> Result {
         refusal.contains("runs on here"),
         "with nobody there it says {refusal}"
     );
-    let small = Vmm::with_memory(64 << 20, "shmem", &[])?;
+    let small = Vmm::with_memory(MEMORY / 2, "shmem", &[])?;
     let refusal = a.move_to(&small.address()?, &[])?.failure()?;
     ensure!(
-        refusal.contains("16384 pages") && refusal.contains("runs on here"),
+        refusal.contains(&format!("{} pages", MEMORY / 2 / PAGE))
+            && refusal.contains("runs on here"),
         "of a VMM with other memory it says {refusal}"
     );
     a.console.wait_rounds(1)?;
