@@ -2,14 +2,12 @@
 
 //! Neighbours that a fault maps together with its page, so that they need no fault of their own.
 //!
-//! Only what costs nothing but a page table entry: pages that are present and whose folios are pinned. On
-//! hugetlb the page's own folio is, so that is all present pages of the window. On shmem those are pages
-//! that were mapped before, here or by others, or that were pinned with their block: to pin a page nobody
-//! has touched would charge it to RLIMIT_MEMLOCK, and allocate it if it is a hole.
+//! Only on hugetlb, and only what costs nothing but a page table entry: pages that are present and whose
+//! folios are pinned. The page's own folio is.
 //!
 //! Where a source has the bytes of absent neighbours, and touches around say that they will be wanted
-//! (rules/fill.rs), a fault that fills its page fills them, too: those of the page's own allocation, from the
-//! page cache. So on shmem there are none, for the reasons above.
+//! (rules/fill.rs), a fault that fills its page fills them, too: those of the page's own huge page, from the
+//! page cache.
 //!
 //! # Locks
 //!
@@ -59,7 +57,7 @@ pub(crate) fn fill(
     frame: Pfn<'_>,
     mut word: u64,
 ) -> u64 {
-    if slot.backing.order() == 0 || !fill_group(slot, pages, fault, source, frame, &mut word) {
+    if !fill_group(slot, pages, fault, source, frame, &mut word) {
         map(slot, pages, fault, word);
     }
     word

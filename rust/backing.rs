@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The memory behind a memslot: a range of a memfd, whose folios are pinned one by one as they are
-//! first mapped, and charged to the user who opened the VM.
+//! The memory behind a memslot: a range of a memfd.
+//!
+//! A page of shmem, which is native memory, is looked up in the page cache each time. The folios of
+//! hugetlb are pinned one by one as they are first mapped.
 //!
 //! The pins themselves are in [`Pages`], under its lock. A folio that is mapped is pinned: it is
 //! unpinned only under the lock for writing, after it was unmapped.
 //!
-//! hugetlb has one pin for each of its pages. shmem has one for each 4 KiB, whatever the folio that these
-//! are in: so each is charged, and unpinned, by itself. A folio of 2 MiB that is mapped as a block is pinned
-//! 512 times. As long as it is pinned once it is not split.
-
 use crate::{
-    account::Account,
     compat::ehwpoison,
     ffi::{
         memfd::{
@@ -23,7 +20,11 @@ use crate::{
             PINS, //
         },
         memory_failure::BadFrame,
-        task::User,
+        native::{
+            CachedPage,
+            Memcg, //
+        },
+        percpu::PerCpu,
         vma::PMD_ORDER, //
     },
     pages::Pages,
@@ -38,36 +39,108 @@ use kernel::{
     prelude::*, //
 };
 
-/// A block of shmem is what one array of pins is for.
-const _: () = assert!(PINS == 1 << PMD_ORDER && PINS as u64 == BLOCK_PAGES);
-
 /// The memory.
 pub(crate) struct Backing {
     memfd: Memfd,
     /// Where the memslot begins in the memfd, in pages.
     offset: u64,
-    account: Account,
+    /// Folios that are pinned, or just about to be.
+    pinned: PerCpu<1>,
+    /// Pays for native memory that a kernel thread brings in.
+    owner: Memcg,
+}
+
+/// The frame of a page, which stays the page's as long as this is there.
+pub(crate) enum Frame<'a> {
+    /// It is pinned.
+    Pinned(Pfn<'a>),
+    /// It is locked.
+    Cached(CachedPage),
+}
+
+impl<'a> Frame<'a> {
+    /// Its frame.
+    #[inline]
+    pub(crate) fn pfn(&self) -> Pfn<'_> {
+        match self {
+            Self::Pinned(frame) => *frame,
+            Self::Cached(cached) => cached.frame(),
+        }
+    }
+
+    /// Its bytes were written by us.
+    #[inline]
+    pub(crate) fn written(&self) {
+        if let Self::Cached(cached) = self {
+            cached.written();
+        }
+    }
+
+    /// The pinned frame.
+    #[inline]
+    pub(crate) fn into_pinned(self) -> Option<Pfn<'a>> {
+        match self {
+            Self::Pinned(frame) => Some(frame),
+            Self::Cached(_) => None,
+        }
+    }
+
+    /// The locked page.
+    #[inline]
+    pub(crate) fn into_cached(self) -> Option<CachedPage> {
+        match self {
+            Self::Pinned(_) => None,
+            Self::Cached(cached) => Some(cached),
+        }
+    }
 }
 
 impl Backing {
     /// Checks a range of a memfd; the errors are those of KDP_MEMSLOT_CREATE.
-    pub(crate) fn new(memfd: Memfd, offset_bytes: u64, nr_pages: u64, user: User) -> Result<Self> {
+    pub(crate) fn new(memfd: Memfd, offset_bytes: u64, nr_pages: u64) -> Result<Self> {
         let granule = 1u64 << (memfd.order() + PAGE_SHIFT as u32);
         let bytes = nr_pages << PAGE_SHIFT;
         let end = offset_bytes.checked_add(bytes).ok_or(EINVAL)?;
         if offset_bytes % granule != 0 || bytes % granule != 0 || end > memfd.size() {
             return Err(EINVAL);
         }
-        let payer = (memfd.order() == 0).then_some(user);
         Ok(Self {
             memfd,
             offset: offset_bytes >> PAGE_SHIFT,
-            account: Account::new(payer)?,
+            pinned: PerCpu::new()?,
+            owner: Memcg::current(),
         })
     }
 
     pub(crate) fn memfd(&self) -> &Memfd {
         &self.memfd
+    }
+
+    /// Whether it is ordinary memory: refcounted, in the rmap, not pinned. That is shmem.
+    #[inline]
+    pub(crate) fn is_native(&self) -> bool {
+        self.order() == 0
+    }
+
+    /// A page of native memory, as [`CachedPage::find`] says.
+    #[inline]
+    pub(crate) fn find(&self, page: u64, wait: bool) -> Result<CachedPage> {
+        CachedPage::find(&self.memfd, self.offset + page, wait)
+    }
+
+    /// The same, as [`CachedPage::get`] says.
+    pub(crate) fn get(&self, page: u64) -> Result<CachedPage> {
+        CachedPage::get(&self.memfd, self.offset + page, &self.owner)
+    }
+
+    /// The frame of a page, to fill it; brings it in. Errors are those of [`Self::frame`].
+    #[inline]
+    pub(crate) fn hold<'a>(&self, pages: &'a Pages, page: u64) -> Result<Frame<'a>> {
+        if self.is_native() {
+            self.get(page).map(Frame::Cached)
+        } else {
+            self.frame(pages, page).map(Frame::Pinned)
+        }
     }
 
     /// Where the memslot begins in the memfd, in pages.
@@ -84,7 +157,7 @@ impl Backing {
     /// the memslot must be a block of the memfd.
     #[inline]
     pub(crate) fn may_have_blocks(&self) -> bool {
-        self.has_blocks() || self.is_charged() && self.offset % BLOCK_PAGES == 0
+        self.has_blocks() || self.is_native() && self.offset % BLOCK_PAGES == 0
     }
 
     /// Whether every folio consists of blocks: a hugetlb page of 2 MiB is one block, a page of 1
@@ -105,51 +178,20 @@ impl Backing {
             .block_around(frame, self.offset + page, PMD_ORDER)
     }
 
-    /// Pins all pages of a block of which [`Self::block_around`] has given the first frame; whether that was
-    /// possible.
-    pub(crate) fn pin_block(&self, pages: &Pages, page: u64, first: Pfn<'_>) -> bool {
-        if !self.is_charged() {
-            return pages.moving(page).is_none();
-        }
-        let (leaf, ..) = self.locate(page);
-        let Some(pins) = pages.pins.get(leaf) else {
-            return false;
-        };
-        // A page that was punched out of the memfd is another frame.
-        let Some(missing) = pins.missing(first) else {
-            return false;
-        };
-        if missing == 0 {
-            return true;
-        }
-        self.account.pin_many(missing, || pins.fill(first, missing));
-        pins.missing(first) == Some(0)
-    }
-
-    /// Whether one entry could map a block, from what is known without pinning any of it.
-    pub(crate) fn may_be_block(&self, pages: &Pages, block: PageRange) -> bool {
+    /// Whether one entry could map a block, just now.
+    pub(crate) fn may_be_block(&self, block: PageRange) -> bool {
         if self.has_blocks() {
             return true;
         }
         if !self.may_have_blocks() {
             return false;
         }
-        let page = self.next_pinned(pages, block.first(), block.last() + 1);
-        let Some(page) = page else {
-            return self.memfd.has_block(self.offset + block.first(), PMD_ORDER);
-        };
-        let (leaf, at, _) = self.locate(page);
-        let pins = pages.pins.get(leaf);
-        let first = pins
-            .and_then(|pins| pins.get(at))
-            .and_then(|frame| self.block_around(frame, page));
-        pins.zip(first)
-            .is_some_and(|(pins, first)| pins.missing(first).is_some())
+        self.memfd.has_block(self.offset + block.first(), PMD_ORDER)
     }
 
     /// Memory that is pinned, in pages.
     pub(crate) fn pinned_pages(&self) -> u64 {
-        self.account.pinned() << self.order()
+        self.pinned.sum(0) << self.order()
     }
 
     /// Where the pin of a page's folio is: which [`Pins`], and where in them; and which page of the folio it
@@ -165,8 +207,8 @@ impl Backing {
         )
     }
 
-    /// The frame of a page; pins its folio if that has not happened yet. ENOMEM if there is no memory
-    /// for it, or the limit is reached; EHWPOISON if it had a memory error before and is not poisoned: then
+    /// The frame of a page of hugetlb; pins its folio if that has not happened yet. ENOMEM if there is
+    /// no memory for it; EHWPOISON if it had a memory error before and is not poisoned: then
     /// [`Memslot::examine`](crate::memslot::Memslot::examine) is to be called first;
     /// [`on_its_way()`](crate::moving::on_its_way) while it is being moved.
     #[inline(always)]
@@ -179,10 +221,10 @@ impl Backing {
         if let Some(moving) = pages.moving(page) {
             return moving.frame(page);
         }
-        self.account.charge()?;
+        self.pinned.add(0, 1);
         let pinned = self.pin(pages, pins, (leaf, at), page - into);
         if !matches!(pinned, Ok((_, true))) {
-            self.account.give_back();
+            self.pinned.add(0, 1_u64.wrapping_neg());
         }
         pinned.map(|(first, _)| first.add(into))
     }
@@ -244,13 +286,13 @@ impl Backing {
         };
         pins.insert(at, pin);
         if !is_counted {
-            self.account.add();
+            self.pinned.add(0, 1);
         }
     }
 
     /// A pin that was taken out is not put back.
     pub(crate) fn dropped_pin(&self) {
-        self.account.unpinned(1);
+        self.pinned.add(0, 1_u64.wrapping_neg());
     }
 
     /// Whether a frame is a page's: the one that is pinned for it, or else the one that the memfd has there.
@@ -300,11 +342,6 @@ impl Backing {
             }
         }
         frames
-    }
-
-    /// shmem: hugetlb pages are not charged, they are reserved and limited by other means.
-    fn is_charged(&self) -> bool {
-        self.account.is_charged()
     }
 
     /// The pages of the memslot that share their folio with a page of `range`, first and one past
@@ -358,6 +395,6 @@ impl Backing {
             }
             first = start + PINS;
         }
-        self.account.unpinned(count);
+        self.pinned.add(0, (count as u64).wrapping_neg());
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! It happens once for each time that a block becomes whole: afterwards faults there are huge, and do not
 //! ask. A block is single pages again only after a page of it was made absent, by a call. On shmem it is only
-//! asked for where one folio holds the block and all of it could be pinned.
+//! asked for where one folio holds the block, in shared mappings.
 //!
 //! # Locks
 //!
@@ -35,7 +35,13 @@ use crate::{
         range::PageRange, //
     },
 };
-use kernel::sync::ArcBorrow;
+use kernel::sync::{
+    atomic::Relaxed,
+    ArcBorrow, //
+};
+
+/// As many ranges of native memory are mapped anew without a fault that could map a block.
+const MOST_IN_VAIN: u32 = 4;
 
 /// After a fault mapped a page: requests that one entry maps the block around it, if all pages of
 /// the block are present. `frame` is the frame of the page. `word` holds the present bits around
@@ -55,19 +61,19 @@ pub(crate) fn consider(
 
 #[inline(never)]
 fn consider_block(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, frame: Pfn<'_>) {
-    if !slot.backing.may_have_blocks() {
+    let in_vain = slot.backing.is_native() && slot.vain_collapses.load(Relaxed) >= MOST_IN_VAIN;
+    if in_vain || !slot.backing.may_have_blocks() {
         return;
     }
     let page = fault.pgoff();
-    let Some(first) = slot.backing.block_around(frame, page) else {
+    if slot.backing.block_around(frame, page).is_none() {
         return;
-    };
+    }
     let block = fault
         .block()
         .and_then(|first| slot.range(first, BLOCK_PAGES));
-    if block.is_some_and(|block| pages.all_mappable(block))
-        && slot.backing.pin_block(pages, page, first)
-    {
+    let is_whole = block.is_some_and(|block| pages.all_mappable(block));
+    if is_whole && pages.moving(page).is_none() {
         remap::request::<Memslot>(&slot.remapper, fault);
     }
 }
@@ -90,6 +96,7 @@ pub(crate) fn renew(slot: &Memslot, spot: &Spot) {
         return;
     };
     if range.count() >= BLOCK_PAGES && spot.renew(&slot.remapper, range).is_ok() {
+        slot.vain_collapses.fetch_add(1, Relaxed);
         slot.stats.collapses().add(1);
         trace::collapse(slot.place.id, range.first(), range.count());
     }

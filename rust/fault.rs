@@ -61,7 +61,7 @@ use kernel::{
     }, //
 };
 
-/// Guest memory: page frames that are not refcounted by the mapping.
+/// Guest memory on hugetlb: page frames that are not refcounted by the mapping.
 pub(crate) struct MemoryMapping;
 
 impl Mapping for MemoryMapping {
@@ -112,9 +112,7 @@ impl Mapping for MemoryMapping {
         // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
         // cannot tell (walk_to_pmd() in mm/memory.c).
         let pages = slot.pages.write();
-        let first = block_frame(&slot, &pages, page, block)
-            .filter(|&first| slot.backing.pin_block(&pages, page, first));
-        let Some(frame) = first else {
+        let Some(frame) = block_frame(&slot, &pages, page, block) else {
             return Outcome::Fallback;
         };
         let outcome = fault.insert_block(frame);
@@ -144,15 +142,29 @@ fn block_frame<'a>(
 }
 
 /// KVM brings a page in for a guest: a stage-2 fault, or a page that it shares with the guest. Only
-/// `fixup_user_fault()` comes with these flags (mm/gup.c).
-fn is_guest(fault: &Fault<'_>) -> bool {
-    !fault.is_user() && !fault.is_interruptible() && fault.is_killable() && fault.may_retry()
+/// `fixup_user_fault()` comes with these flags (mm/gup.c). In native memory, this is known of
+/// stage-2 faults of threads with exits on only.
+fn is_guest(slot: &Memslot, fault: &Fault<'_>, page: u64) -> bool {
+    if !fault.is_native() {
+        return is_fixup(fault);
+    }
+    let (gfn, waits) = (slot.place.base_gfn + page, !fault.no_wait());
+    !fault.is_user() && vcpu::is_stage2_asking(slot.vm.serial(), gfn, waits)
 }
 
-fn access(fault: &Fault<'_>) -> u32 {
+/// KVM's `fixup_user_fault()`, in memory that is not native.
+fn is_fixup(fault: &Fault<'_>) -> bool {
+    !fault.is_native()
+        && !fault.is_user()
+        && !fault.is_interruptible()
+        && fault.is_killable()
+        && fault.may_retry()
+}
+
+fn access(slot: &Memslot, fault: &Fault<'_>, page: u64) -> u32 {
     let who = if fault.is_user() {
         KDP_ACCESS_USER
-    } else if is_guest(fault) {
+    } else if is_guest(slot, fault, page) || slot.asked.is_by_current(page) {
         KDP_ACCESS_GUEST
     } else {
         KDP_ACCESS_KERNEL
@@ -170,7 +182,7 @@ fn touch(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Access {
     Access {
         slot_id: slot.place.id,
         gfn: slot.place.base_gfn + page,
-        flags: access(fault),
+        flags: access(slot, fault, page),
     }
 }
 
@@ -178,7 +190,8 @@ fn touch(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Access {
 /// going to fail, should it fail.
 #[inline(always)]
 fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bool {
-    if !is_guest(fault) {
+    // The exit follows when KVM asks once more, and waits.
+    if !is_guest(slot, fault, page) || fault.is_native() && fault.no_wait() {
         return false;
     }
     let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
@@ -279,9 +292,15 @@ fn insert(
 
 /// A page, or a block, was mapped, or not. No lock of ours is held.
 #[inline(always)]
-fn mapped(slot: &Memslot, fault: Fault<'_>, page: u64, order: u32, outcome: Outcome) -> Outcome {
+pub(crate) fn mapped(
+    slot: &Memslot,
+    fault: Fault<'_>,
+    page: u64,
+    order: u32,
+    outcome: Outcome,
+) -> Outcome {
     match outcome {
-        Outcome::Mapped => (),
+        Outcome::Mapped | Outcome::Page => (),
         Outcome::Fail => return fail(slot),
         other => return other,
     }
@@ -291,14 +310,14 @@ fn mapped(slot: &Memslot, fault: Fault<'_>, page: u64, order: u32, outcome: Outc
         slot.stats.faults_huge()
     };
     counter.add(1);
-    trace::fault(slot.place.id, page, || access(&fault), order);
+    trace::fault(slot.place.id, page, || access(slot, &fault, page), order);
     // KVM looks for the page table entry next, and fails with an EFAULT that no VMM expects if it has been
     // unmapped again by then. Where the lock was dropped it looks and begins anew instead
     // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). That costs it a second look, so it is kept
     // - if the lock was dropped before: KVM knows;
     // - in KVM_PRE_FAULT_MEMORY, which is a hint, and may fail;
     // - with exits on: then an exit is prepared.
-    if !is_guest(&fault)
+    if !is_fixup(&fault)
         || fault.is_retried()
         || vcpu::is_pre_faulting()
         || prepare_retry(slot, &fault, page)
@@ -324,6 +343,9 @@ fn fill<'a>(
     let outcome = match source.fill(&slot, &pages, page) {
         Ok(Filled::Now(frame, word)) => {
             slot.stats.source_reads().add(1);
+            let Some(frame) = frame.into_pinned() else {
+                return Err(fault);
+            };
             insert(slot, &pages, &fault, frame, || {
                 around::fill(&slot, &pages, &fault, source, frame, word)
             })
@@ -362,7 +384,7 @@ fn help(
 
 /// How a thread may be kept waiting.
 #[inline]
-fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
+pub(crate) fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
     Toucher {
         exits,
         may_retry: fault.may_retry(),
@@ -373,7 +395,7 @@ fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
 /// Does what is to be done for a page that has neither bytes nor a source. Gives the fault back if the page must be
 /// looked at again.
 #[inline(always)]
-fn serve<'a>(
+pub(crate) fn serve<'a>(
     slot: ArcBorrow<'_, Memslot>,
     fault: Fault<'a>,
     page: u64,
@@ -387,9 +409,13 @@ fn serve<'a>(
         _ => 0,
     };
     let exits = reason != 0 && prepare_exit(&slot, &fault, page, reason);
+    // KVM would send the signal of a memory error now, and not ask for the exit.
+    if reason == KDP_EXIT_POISONED && fault.no_wait() && is_guest(&slot, &fault, page) {
+        return Ok(Outcome::Retry);
+    }
     match decide(state, toucher(&fault, exits), served) {
         Verdict::Exit => Ok(exit(&slot, &fault, page, reason)),
-        Verdict::Poison if slot.poison_signals && is_guest(&fault) => {
+        Verdict::Poison if slot.poison_signals && is_fixup(&fault) => {
             Ok(lost::show_to_kvm(slot, fault))
         }
         Verdict::Poison => Ok(poisoned(&slot)),
@@ -422,7 +448,7 @@ fn poisoned(slot: &Memslot) -> Outcome {
 }
 
 #[cold]
-fn fail(slot: &Memslot) -> Outcome {
+pub(crate) fn fail(slot: &Memslot) -> Outcome {
     slot.stats.sigbus().add(1);
     Outcome::Fail
 }
@@ -430,11 +456,19 @@ fn fail(slot: &Memslot) -> Outcome {
 /// A page could not be pinned.
 #[cold]
 #[inline(never)]
-fn unpinned(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64, error: Error) -> Outcome {
+pub(crate) fn unpinned(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'_>,
+    page: u64,
+    error: Error,
+) -> Outcome {
     if error == ehwpoison() {
         examine(slot, fault, page)
     } else if error == on_its_way() {
         await_move(slot, fault)
+    } else if fault.is_native() && error == ENOMEM {
+        prepare_exit(&slot, &fault, page, KDP_EXIT_NO_MEMORY);
+        Outcome::OutOfMemory
     } else {
         cannot_pin(&slot, &fault, page)
     }
@@ -475,10 +509,10 @@ fn unlocked(
 ) -> Outcome {
     // The mapping, and with it the memslot's file, may go meanwhile.
     let slot: Arc<Memslot> = slot.into();
-    let is_guest = is_guest(&fault);
+    let is_fixup = is_fixup(&fault);
     fault.release_lock();
     f(&slot);
-    if is_guest {
+    if is_fixup {
         // KVM does not hear of an error that comes after the lock was dropped: it looks, and begins anew
         // (hva_to_pfn_remapped() in virt/kvm/kvm_main.c). So it is made to look at once.
         Outcome::MappedUnlocked
@@ -496,7 +530,12 @@ fn cannot_pin(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
 
 /// Reads a page from its source, and has the fault retried.
 #[inline(never)]
-fn fetch(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, source: &Source, page: u64) -> Outcome {
+pub(crate) fn fetch(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'_>,
+    source: &Source,
+    page: u64,
+) -> Outcome {
     // Once the lock is dropped nothing but a retry may follow: an error is for that one.
     match source.failure(page) {
         Some(e) if e == ENOMEM => return cannot_pin(&slot, &fault, page),
@@ -508,7 +547,12 @@ fn fetch(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, source: &Source, page: 
 
 /// A page was not filled from its source.
 #[cold]
-fn unfilled(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, page: u64, why: Unfilled) -> Outcome {
+pub(crate) fn unfilled(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'_>,
+    page: u64,
+    why: Unfilled,
+) -> Outcome {
     let error = match why {
         Unfilled::Unpinned(error) => return unpinned(slot, fault, page, error),
         Unfilled::Unread(error) => error,
@@ -527,6 +571,12 @@ fn wait<'a>(
     fault: Fault<'a>,
     page: u64,
 ) -> Result<Outcome, Fault<'a>> {
+    // Nobody can kill a kernel thread, and the process that it asks for cannot end before it has
+    // answered (cancel_work_sync() in virt/kvm/async_pf.c). If it fails, the vCPU's thread asks.
+    let in_kthread = fault.is_native() && fault.is_in_kthread();
+    if in_kthread && fault.is_retried() {
+        return Ok(fail(&slot));
+    }
     let touch = touch(&slot, &fault, page);
     let pages = slot.pages.read();
     let is_absent = || pages.state(page) == State::Absent;
@@ -542,7 +592,11 @@ fn wait<'a>(
     trace::wait(slot.place.id, page, touch.flags);
     // In the kernel a signal that is not fatal does not end a fault (fault_signal_pending() in
     // include/linux/sched/signal.h): it would be retried at once, over and over.
-    let until = if fault.is_interruptible() && fault.is_user() {
+    // get_user_pages() ends at a signal before it comes back (gup_signal_pending() in mm/gup.c).
+    let ends = fault.is_user() || fault.is_native() && !fault.is_retried();
+    let until = if in_kthread {
+        Until::Second
+    } else if fault.is_interruptible() && ends {
         Until::Signal
     } else {
         Until::Kill

@@ -101,6 +101,15 @@ bool kdp_fault_is_empty(const struct vm_fault *vmf)
 	return pmd_none(pmdp_get_lockless(vmf->pmd));
 }
 
+/*
+ * Whether a kernel thread asks by get_user_pages() for another process's memory, as KVM's
+ * asynchronous page faults do.
+ */
+bool kdp_fault_is_in_kthread(const struct vm_fault *vmf)
+{
+	return current->flags & PF_KTHREAD && vmf->flags & FAULT_FLAG_REMOTE;
+}
+
 void kdp_release_fault_lock(struct vm_fault *vmf)
 {
 	release_fault_lock(vmf);
@@ -125,9 +134,9 @@ void kdp_vma_setup(struct vm_area_struct *vma, vm_flags_t flags,
 	vma->vm_private_data = owner;
 }
 
-void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags)
+void kdp_vma_change_flags(struct vm_area_struct *vma, vm_flags_t add, vm_flags_t clear)
 {
-	vm_flags_set(vma, flags);
+	vm_flags_mod(vma, add, clear);
 }
 
 /* Whether huge faults reach the area's handler at all. */
@@ -310,22 +319,7 @@ static __always_inline long kdp_pin_folio(struct file *memfd, pgoff_t index,
 	return n != -ENOMEM ? n : pin_folio_alone(memfd, index, folio, offset);
 }
 
-/* Pins the page at @index; *@pfn is its frame. 1 if that had a memory error before. */
-long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
-{
-	struct folio *folio;
-	struct page *page;
-	pgoff_t offset;
-	long n = kdp_pin_folio(memfd, index, &folio, &offset);
-
-	if (n < 0)
-		return n;
-	page = folio_page(folio, offset >> PAGE_SHIFT);
-	*pfn = page_to_pfn(page);
-	return PageHWPoison(page);
-}
-
-/* The same for the huge page at @index; 1 if any page of it had an error. */
+/* Pins the huge page at @index; *@pfn is its frame. 1 if any page of it had an error before. */
 long kdp_pin_huge_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
 {
 	struct folio *folio;
@@ -334,7 +328,7 @@ long kdp_pin_huge_page(struct file *memfd, pgoff_t index, unsigned long *pfn)
 
 	/* A signal ends it: the fault goes on, at the risk of a lost reservation. */
 	if (n < 0 && n != -EINTR)
-		return n;
+		return n == -ENOSPC ? -ENOMEM : n;
 	n = kdp_pin_folio(memfd, index, &folio, &offset);
 	if (n < 0)
 		return n;
@@ -371,10 +365,10 @@ bool kdp_memfd_has_block(struct file *memfd, pgoff_t index, unsigned int order)
 	return has;
 }
 
-/* Pins the folio of @pfn, which is pinned, @times more. */
-int kdp_pin_again(unsigned long pfn, unsigned int times)
+/* Pins the folio of @pfn, which is pinned, once more. */
+int kdp_pin_again(unsigned long pfn)
 {
-	return folio_add_pins(pfn_folio(pfn), times);
+	return folio_add_pins(pfn_folio(pfn), 1);
 }
 
 void kdp_unpin_pfn(unsigned long pfn)
@@ -389,6 +383,11 @@ void kdp_unpin_pfn(unsigned long pfn)
 void kdp_zero_pfn(unsigned long pfn)
 {
 	clear_highpage(pfn_to_page(pfn));
+}
+
+unsigned long kdp_page_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
 }
 
 void *kdp_page_words(struct page *page)
@@ -470,45 +469,6 @@ void kdp_cond_resched(void)
 	cond_resched();
 }
 
-/* who pays */
-
-struct user_struct *kdp_current_user_get(void)
-{
-	return get_uid(current_user());
-}
-
-struct user_struct *kdp_user_get(struct user_struct *user)
-{
-	return get_uid(user);
-}
-
-unsigned long kdp_memlock_limit_pages(void)
-{
-	unsigned long limit = rlimit(RLIMIT_MEMLOCK);
-
-	if (limit == RLIM_INFINITY || capable(CAP_IPC_LOCK))
-		return ULONG_MAX;
-	return limit >> PAGE_SHIFT;
-}
-
-bool kdp_charge_locked(struct user_struct *user, long pages,
-		       unsigned long limit)
-{
-	unsigned long now = atomic_long_read(&user->locked_vm);
-
-	do {
-		if (limit != ULONG_MAX && now + pages > limit)
-			return false;
-	} while (!atomic_long_try_cmpxchg(&user->locked_vm, (long *)&now,
-					  now + pages));
-	return true;
-}
-
-void kdp_uncharge_locked(struct user_struct *user, long pages)
-{
-	atomic_long_sub(pages, &user->locked_vm);
-}
-
 /* counters */
 
 /* @n counters of each CPU; 0 if there is no memory. */
@@ -527,20 +487,6 @@ void kdp_percpu_free(unsigned long counters)
 void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n)
 {
 	this_cpu_add(((u64 __percpu *)counters)[i], n);
-}
-
-/* Counts one of those that this CPU has in counter @from, if any, in @to instead. */
-bool kdp_percpu_move(unsigned long counters, unsigned int from, unsigned int to)
-{
-	u64 *here = get_cpu_ptr((u64 __percpu *)counters);
-	bool any = here[from];
-
-	if (any) {
-		--here[from];
-		++here[to];
-	}
-	put_cpu_ptr((u64 __percpu *)counters);
-	return any;
 }
 
 u64 kdp_percpu_sum(unsigned long counters, unsigned int i)
@@ -797,6 +743,22 @@ bool kdp_vcpu_in_pfn_cache(const struct kvm_vcpu *vcpu)
 	      mutex_is_locked((struct mutex *)&vcpu->kvm->arch.xen.shinfo_cache.refresh_lock);
 #endif
 	return in;
+}
+
+/*
+ * Has KVM wait for pages in the vCPU's own thread. With an asynchronous page fault, KVM would halt
+ * the vCPU, and a kworker would wait: there would be no exit. That needs no consent of the guest
+ * (kvm_can_do_async_pf() in arch/x86/kvm/x86.c).
+ *
+ * KVM limits how many a vCPU has outstanding. The count is used for nothing else
+ * (virt/kvm/async_pf.c), and changed by the vCPU's thread alone.
+ */
+void kdp_vcpu_no_async_pf(struct kvm_vcpu *vcpu)
+{
+#ifdef CONFIG_KVM_ASYNC_PF
+	if (vcpu->async_pf.queued < ASYNC_PF_PER_VCPU)
+		vcpu->async_pf.queued += ASYNC_PF_PER_VCPU;
+#endif
 }
 
 void kdp_vcpu_set_exit(struct kvm_vcpu *vcpu, u64 gpa, u64 size, u64 flags)

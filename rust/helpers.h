@@ -37,9 +37,10 @@ void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
 		     const unsigned long *pfns, u64 there);
 bool kdp_fault_is_empty(const struct vm_fault *vmf);
 void kdp_release_fault_lock(struct vm_fault *vmf);
+bool kdp_fault_is_in_kthread(const struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
 pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma);
-void kdp_vma_add_flags(struct vm_area_struct *vma, vm_flags_t flags);
+void kdp_vma_change_flags(struct vm_area_struct *vma, vm_flags_t add, vm_flags_t clear);
 bool kdp_vma_may_be_huge(struct vm_area_struct *vma);
 bool kdp_has_page_table(struct mm_struct *mm, unsigned long address);
 void kdp_mmap_read_lock(struct mm_struct *mm);
@@ -60,14 +61,14 @@ loff_t kdp_file_size(struct file *file);
 bool kdp_file_writable(struct file *file);
 int kdp_mapping_hold_writable(struct file *file);
 void kdp_mapping_release_writable(struct file *file);
-long kdp_pin_page(struct file *memfd, pgoff_t index, unsigned long *pfn);
 long kdp_pin_huge_page(struct file *memfd, pgoff_t index, unsigned long *pfn);
 bool kdp_pfn_is_in_block(struct file *memfd, unsigned long pfn, pgoff_t index,
 			 unsigned int order);
 bool kdp_memfd_has_block(struct file *memfd, pgoff_t index, unsigned int order);
-int kdp_pin_again(unsigned long pfn, unsigned int times);
+int kdp_pin_again(unsigned long pfn);
 void kdp_unpin_pfn(unsigned long pfn);
 void kdp_zero_pfn(unsigned long pfn);
+unsigned long kdp_page_pfn(const struct page *page);
 unsigned long kdp_file_identity(struct file *file);
 bool kdp_memfd_can_read(struct file *memfd, pgoff_t index);
 bool kdp_pfn_place(unsigned long pfn, unsigned long *file, unsigned long *index);
@@ -89,6 +90,25 @@ void kdp_source_ahead(struct file *file, pgoff_t index, unsigned long count);
 int kdp_source_read(struct file *file, pgoff_t index, struct page *page);
 void kdp_copy_to_pfn(unsigned long pfn, struct page *page);
 
+/* pages of a memfd that are mapped as ordinary memory: native.c */
+struct mem_cgroup;
+struct mem_cgroup *kdp_current_memcg_get(void);
+void kdp_memcg_put(struct mem_cgroup *memcg);
+struct file *kdp_native_file(struct file *memfd, bool writable,
+			     const struct file_operations *fops);
+bool kdp_vma_file_writable(const struct vm_area_struct *vma);
+bool kdp_vma_is_of_memfd(const struct vm_area_struct *vma, const struct file *memfd);
+void kdp_native_settle(struct file *memfd, pgoff_t first, pgoff_t count);
+void kdp_vma_redirect(struct vm_area_struct *vma, struct file *file, pgoff_t base);
+struct page *kdp_native_find(struct file *memfd, pgoff_t index, bool wait);
+struct page *kdp_native_get(struct file *memfd, pgoff_t index, struct mem_cgroup *memcg);
+void kdp_native_put(struct page *page);
+void kdp_native_dirty(struct page *page);
+vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page);
+vm_fault_t kdp_native_copy_from(struct vm_fault *vmf, struct page *page);
+vm_fault_t kdp_native_insert_block(struct vm_fault *vmf, struct page *page);
+void kdp_native_unmap(struct file *memfd, pgoff_t first, pgoff_t count);
+
 /* huge pages that are replaced: hugetlb.c */
 int kdp_take_out(struct file *memfd, pgoff_t index, unsigned long pfn);
 int kdp_check_bad(struct file *memfd, pgoff_t index, unsigned long pfn, int pins);
@@ -105,19 +125,10 @@ void kdp_bit_unlock(unsigned long *word, int bit);
 struct workqueue_struct *kdp_alloc_workqueue(void);
 void kdp_cond_resched(void);
 
-/* who pays */
-struct user_struct *kdp_current_user_get(void);
-struct user_struct *kdp_user_get(struct user_struct *user);
-unsigned long kdp_memlock_limit_pages(void);
-bool kdp_charge_locked(struct user_struct *user, long pages,
-		       unsigned long limit);
-void kdp_uncharge_locked(struct user_struct *user, long pages);
-
 /* counters */
 unsigned long kdp_percpu_alloc(unsigned int n);
 void kdp_percpu_free(unsigned long counters);
 void kdp_percpu_add(unsigned long counters, unsigned int i, u64 n);
-bool kdp_percpu_move(unsigned long counters, unsigned int from, unsigned int to);
 u64 kdp_percpu_sum(unsigned long counters, unsigned int i);
 
 /* files */
@@ -160,6 +171,7 @@ void *kdp_xa_cmpxchg(struct xarray *xa, unsigned long index, void *old,
 u64 kdp_vcpu_guest_exits(const struct kvm_vcpu *vcpu);
 bool kdp_vcpu_in_nested_guest(const struct kvm_vcpu *vcpu);
 bool kdp_vcpu_in_pfn_cache(const struct kvm_vcpu *vcpu);
+void kdp_vcpu_no_async_pf(struct kvm_vcpu *vcpu);
 void kdp_vcpu_set_exit(struct kvm_vcpu *vcpu, u64 gpa, u64 size, u64 flags);
 
 /* A thread that asked for exits, first in what the module knows of it. */

@@ -195,7 +195,7 @@ fn memslot_create(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_memslot_create) -> Result
     }
     let name = Name::parse(arg.name)?;
     let memfd = Memfd::from_fd(arg.memfd)?;
-    let backing = Backing::new(memfd, arg.memfd_offset, arg.nr_pages, vm.user().clone())?;
+    let backing = Backing::new(memfd, arg.memfd_offset, arg.nr_pages)?;
     let mode = if arg.flags & KDP_MEMSLOT_PAGING != 0 {
         Mode::On { default: false }
     } else {

@@ -11,7 +11,6 @@
 )]
 mod rules;
 
-mod account;
 mod ahead;
 mod around;
 mod backing;
@@ -27,6 +26,7 @@ mod lost;
 mod memory_error;
 mod memslot;
 mod moving;
+mod native;
 mod notices;
 mod pages;
 mod path;

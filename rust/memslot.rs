@@ -35,7 +35,8 @@ use crate::{
     ffi::{
         file::{
             FileOps,
-            Inode, //
+            Inode,
+            RawFile, //
         },
         mm::Users,
         remap::{
@@ -54,6 +55,10 @@ use crate::{
     },
     memory_error::Listed,
     moving::on_its_way,
+    native::{
+        Asked,
+        NativeMapping, //
+    },
     pages::{
         Mode,
         Pages,
@@ -189,6 +194,13 @@ pub(crate) struct Memslot {
     pub(crate) place: Place,
     pub(crate) backing: Backing,
     pub(crate) stats: Stats,
+    pub(crate) asked: Asked,
+    /// How often ranges of native memory were mapped anew since a fault could last map a block: the
+    /// host may have switched huge entries off (/sys/kernel/mm/transparent_hugepage/enabled).
+    /// Relaxed: a guess that saves work.
+    pub(crate) vain_collapses: Atomic<u32>,
+    /// It was mapped MAP_PRIVATE. Relaxed: a mapping that comes later has no page yet.
+    has_private: Atomic<bool>,
     inode: Inode,
     /// How many files it has. Relaxed: it is only counted, and the last one is not opened again.
     files: Atomic<u32>,
@@ -247,6 +259,9 @@ impl Memslot {
                 place,
                 backing,
                 stats,
+                asked: Asked::new(),
+                vain_collapses: Atomic::new(0),
+                has_private: Atomic::new(false),
                 inode,
                 files: Atomic::new(1),
                 listed <- new_mutex!(None, "kdp_listed"),
@@ -449,9 +464,8 @@ impl Memslot {
         for (block, is_full) in blocks(range) {
             let pages = self.pages.read();
             let is_whole = is_full && pages.all_mappable(block);
-            let is_huge = is_full
-                && (is_whole || report.is_some())
-                && self.backing.may_be_block(&pages, block);
+            let is_huge =
+                is_full && (is_whole || report.is_some()) && self.backing.may_be_block(block);
             if is_whole && is_huge {
                 if let Some(report) = &mut report {
                     report.whole += block.count();
@@ -474,11 +488,11 @@ impl Memslot {
             }
             drop(pages);
             if let Some((first, count)) = run.take() {
-                self.inode.unmap(first, count);
+                self.unmap(first, count);
             }
         }
         if let Some((first, count)) = run {
-            self.inode.unmap(first, count);
+            self.unmap(first, count);
         }
     }
 
@@ -500,7 +514,7 @@ impl Memslot {
             if let Some(range) = self.range(first, part.count) {
                 self.void_claims(&pages, range);
             }
-            self.inode.unmap(first, part.count);
+            self.unmap(first, part.count);
             drop(pages);
             first += part.count;
         }
@@ -511,6 +525,9 @@ impl Memslot {
 
     /// Unpins those folios under a range that hold nothing but absent pages, run by run.
     fn unpin_absent(&self, range: PageRange) {
+        if self.backing.is_native() {
+            return;
+        }
         let (mut at, end) = self.backing.round_out(range);
         loop {
             let mut pages = self.pages.write();
@@ -646,8 +663,22 @@ impl Memslot {
         self.unmap_whole_blocks(range.first(), range.count());
     }
 
+    /// Unmaps pages from everybody. May sleep.
+    pub(crate) fn unmap(&self, first: u64, count: u64) {
+        if self.backing.is_native() {
+            let memfd = self.backing.memfd();
+            let first = self.backing.offset() + first;
+            memfd.unmap(first, count);
+            if self.has_private.load(Relaxed) {
+                memfd.settle(first, count);
+            }
+        } else {
+            self.inode.unmap(first, count);
+        }
+    }
+
     fn unmap_all(&self) {
-        self.inode.unmap(0, self.place.nr_pages);
+        self.unmap(0, self.place.nr_pages);
         self.inode.unmap(BITMAP_PGOFF, self.bitmap_pages());
     }
 
@@ -678,11 +709,38 @@ impl Memslot {
             return Ok(());
         }
         // Nobody has the page mapped: it was absent when it became zero.
-        self.backing.frame(&pages, page)?.zero();
+        let frame = self.backing.hold(&pages, page)?;
+        frame.pfn().zero();
+        frame.written();
+        drop(frame);
         pages.filled(page)?;
         self.stats.zero_filled().add(1);
         Ok(())
     }
+}
+
+/// Sets a mapping of native memory up.
+fn map_native(slot: ArcBorrow<'_, Memslot>, mut mapping: NewMapping<'_, Memslot>) -> Result {
+    let base = slot.backing.offset();
+    // What is mapped anew is an area of the right file already.
+    if slot.remapper.kind().is_none() {
+        let end = mapping.pgoff().checked_add(mapping.pages());
+        if end.is_none_or(|end| end > slot.place.nr_pages) {
+            return Err(EINVAL);
+        }
+        if !mapping.is_shared() {
+            slot.has_private.store(true, Relaxed);
+        }
+        let make = || {
+            slot.opened();
+            slot.into()
+        };
+        let memfd = slot.backing.memfd().file();
+        let file = RawFile::of_memfd(memfd, mapping.is_of_writable_file(), make)?;
+        mapping.redirect(&file, base);
+    }
+    mapping.install::<NativeMapping>();
+    Ok(())
 }
 
 impl FileOps for Memslot {
@@ -699,6 +757,16 @@ impl FileOps for Memslot {
     }
 
     fn mmap(this: ArcBorrow<'_, Self>, mapping: NewMapping<'_, Self>) -> Result {
+        if this.backing.is_native() {
+            // remap_file_pages(2) comes with the file of an area. So do we, when we map a range anew.
+            let is_area = mapping.is_redirected(this.backing.memfd().file());
+            if is_area && this.remapper.kind().is_none() {
+                return Err(EINVAL);
+            }
+            if is_area || mapping.pgoff() < BITMAP_PGOFF {
+                return map_native(this, mapping);
+            }
+        }
         if !mapping.is_shared() {
             return Err(EINVAL);
         }

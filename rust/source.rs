@@ -14,6 +14,7 @@
 //! The observers' spinlocks are innermost.
 
 use crate::{
+    backing::Frame,
     ffi::{
         bit_lock::BitLocks,
         memfd::Pfn,
@@ -81,7 +82,7 @@ pub(crate) struct Source {
 /// What came of filling a page.
 pub(crate) enum Filled<'a> {
     /// It is present now: its frame, and the present bits around it.
-    Now(Pfn<'a>, u64),
+    Now(Frame<'a>, u64),
     /// Another thread was faster; or the page is no longer the source's.
     Already,
     /// The page cache does not have it.
@@ -166,20 +167,22 @@ impl Source {
         if present.is_set() {
             return Ok(Filled::Already);
         }
-        let frame: Pfn<'_> = slot
-            .backing
-            .frame(pages, page)
-            .map_err(Unfilled::Unpinned)?;
+        let frame = slot.backing.hold(pages, page).map_err(Unfilled::Unpinned)?;
         match fetched {
-            Some(Fetched::Hole) => frame.zero(),
-            Some(Fetched::Bytes(bytes)) => frame.fill(bytes),
+            Some(Fetched::Hole) => frame.pfn().zero(),
+            Some(Fetched::Bytes(bytes)) => frame.pfn().fill(bytes),
             Some(Fetched::Cached) | None => {
                 let index = self.index(page);
-                if !self.file.copy(index, frame).map_err(Unfilled::Unread)? {
+                if !self
+                    .file
+                    .copy(index, frame.pfn())
+                    .map_err(Unfilled::Unread)?
+                {
                     return Ok(Filled::NotCached);
                 }
             }
         }
+        frame.written();
         Ok(Filled::Now(frame, present.set()))
     }
 

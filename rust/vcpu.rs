@@ -96,6 +96,26 @@ impl Threads {
 /// leaves in `kvm_run` what KVM_RUN is to report; says whether it did.
 #[inline]
 pub(crate) fn prepare_exit(vm: u64, gfn: u64, flags: u64) -> bool {
+    with_stage2(vm, gfn, |_, vcpu| {
+        vcpu.set_exit(gfn << KDP_PAGE_SHIFT, 1 << KDP_PAGE_SHIFT, flags);
+        true
+    })
+}
+
+/// Whether the current thread has exits on for `vm`, and get_user_pages() asks for the page in a
+/// stage-2 fault on it.
+///
+/// By its flags, a fault in get_user_pages() that waits is like one of the kernel's own accesses.
+/// In a stage-2 fault, KVM asks without waiting first (`__kvm_mmu_faultin_pfn()` in
+/// arch/x86/kvm/mmu/mmu.c), which nobody else does in KVM_RUN.
+pub(crate) fn is_stage2_asking(vm: u64, gfn: u64, waits: bool) -> bool {
+    with_stage2(vm, gfn, |thread, _| thread.asks(waits))
+}
+
+/// Calls `f` if the current thread has exits on for `vm` and is in a stage-2 fault on the page of
+/// number `gfn`.
+#[inline]
+fn with_stage2(vm: u64, gfn: u64, f: impl FnOnce(kvm::Current<'_>, kvm::Vcpu<'_>) -> bool) -> bool {
     kvm::with_current(|thread| {
         if thread.vm() != vm {
             return false;
@@ -108,11 +128,7 @@ pub(crate) fn prepare_exit(vm: u64, gfn: u64, flags: u64) -> bool {
             guest_exits: vcpu.guest_exits(),
             in_pfn_cache: vcpu.in_pfn_cache(),
         };
-        let ours = is_stage2(last, now);
-        if ours {
-            vcpu.set_exit(gfn << KDP_PAGE_SHIFT, 1 << KDP_PAGE_SHIFT, flags);
-        }
-        ours
+        is_stage2(last, now) && f(thread, vcpu)
     })
     .unwrap_or(false)
 }

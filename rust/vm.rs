@@ -13,7 +13,6 @@ use crate::{
             FileOps,
             RawFile, //
         },
-        task::User,
         uapi::KDP_MAX_MEMSLOTS,
         vma::NewMapping, //
     },
@@ -79,7 +78,6 @@ pub(crate) struct Slots {
 #[pin_data]
 pub(crate) struct Vm {
     serial: u64,
-    user: User,
     #[pin]
     slots: Mutex<Slots>,
     #[pin]
@@ -104,7 +102,6 @@ impl Vm {
         let this = Arc::pin_init(
             pin_init!(Self {
                 serial,
-                user: User::current().ok_or(ESRCH)?,
                 slots <- new_mutex!(
                     Slots {
                         by_id: RBTree::new(),
@@ -130,11 +127,6 @@ impl Vm {
 
     pub(crate) fn serial(&self) -> u64 {
         self.serial
-    }
-
-    /// The user who opened the VM.
-    pub(crate) fn user(&self) -> &User {
-        &self.user
     }
 
     pub(crate) fn threads(&self) -> &Mutex<Threads> {

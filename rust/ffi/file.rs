@@ -419,6 +419,24 @@ impl RawFile {
         Ok(this)
     }
 
+    /// A new file of the inode of `memfd`, which is of shmem, open for writing or not, whose private data is what `make`
+    /// makes. It is for areas: no process may get a descriptor of it (native.c).
+    pub(crate) fn of_memfd<F: FileOps>(
+        memfd: &RawFile,
+        writable: bool,
+        make: impl FnOnce() -> Arc<F>,
+    ) -> Result<Self> {
+        // SAFETY: The memfd is valid; the table is static.
+        let file = from_err_ptr(unsafe {
+            c::kdp_native_file(memfd.as_ptr(), writable, &Fops::<F, ()>::TABLE)
+        })?;
+        // INVARIANT: The file comes with a reference.
+        let this = Self(NonNull::new(file).ok_or(ENOMEM)?);
+        // SAFETY: The file is new: nobody else uses it.
+        unsafe { (*file).private_data = make().into_foreign() };
+        Ok(this)
+    }
+
     /// The file.
     pub(crate) fn as_ptr(&self) -> *mut bindings::file {
         self.0.as_ptr()

@@ -62,6 +62,12 @@ impl Vcpu<'_> {
         unsafe { c::kdp_vcpu_in_pfn_cache(self.vcpu.as_ptr()) }
     }
 
+    /// Has KVM wait for pages in this thread, and not by asynchronous page faults.
+    fn forbid_async_faults(self) {
+        // SAFETY: The vCPU is valid, and the current thread runs it (type invariant).
+        unsafe { c::kdp_vcpu_no_async_pf(self.vcpu.as_ptr()) };
+    }
+
     /// Leaves in `kvm_run` what KVM_RUN is to report if the fault fails.
     pub(crate) fn set_exit(self, gpa: u64, size: u64, flags: u64) {
         // SAFETY: The vCPU is valid (type invariant), and its `kvm_run` is written by the thread that
@@ -94,6 +100,8 @@ struct Own {
     vcpu: Cell<*mut c::kvm_vcpu>,
     gfn: Cell<u64>,
     guest_exits: Cell<u64>,
+    /// KVM has asked for the page without waiting for it.
+    asked: Cell<bool>,
 }
 
 // SAFETY: A thread's record may be freed by any other.
@@ -146,6 +154,16 @@ impl Current<'_> {
             guest_exits: own.guest_exits.get(),
         };
         Some((vcpu, last))
+    }
+
+    /// KVM asks for the page: `waits` says whether it waits for it. Says whether it does so for the
+    /// fault: it asks without waiting first.
+    pub(crate) fn asks(&self, waits: bool) -> bool {
+        let asked = &self.thread.own.asked;
+        if !waits {
+            asked.set(true);
+        }
+        asked.get()
     }
 
     /// The fault is over, or not ours to answer.
@@ -209,6 +227,7 @@ impl Registered {
                     vcpu: Cell::new(null_mut()),
                     gfn: Cell::new(0),
                     guest_exits: Cell::new(0),
+                    asked: Cell::new(false),
                 },
             },
             GFP_KERNEL_ACCOUNT,
@@ -296,6 +315,8 @@ pub(super) extern "C" fn on_page_fault(
         let own = &thread.thread.own;
         own.gfn.set(address >> kernel::page::PAGE_SHIFT);
         own.guest_exits.set(running.guest_exits());
+        own.asked.set(false);
+        running.forbid_async_faults();
         // INVARIANT: The thread is inside KVM_RUN, until `on_userspace_exit()`.
         own.vcpu.set(vcpu.as_ptr());
     });

@@ -14,6 +14,7 @@ use core::{
     mem::MaybeUninit, //
 };
 use kernel::{
+    bindings,
     error::to_result,
     prelude::*,
     sync::atomic::{
@@ -77,6 +78,19 @@ impl Memfd {
         &self.file
     }
 
+    /// Unmaps `count` pages from `first` on from every process that maps the memfd, or a memslot
+    /// of it as native memory. Private copies stay. May sleep.
+    pub(crate) fn unmap(&self, first: u64, count: u64) {
+        // SAFETY: The file is valid.
+        unsafe { c::kdp_native_unmap(self.file.as_ptr(), first as usize, count as usize) };
+    }
+
+    /// Waits until pages that were just unmapped are not copied to private ones any more. May sleep.
+    pub(crate) fn settle(&self, first: u64, count: u64) {
+        // SAFETY: The file is valid.
+        unsafe { c::kdp_native_settle(self.file.as_ptr(), first as usize, count as usize) };
+    }
+
     /// Tells it from other files, as long as it is open.
     pub(crate) fn identity(&self) -> usize {
         // SAFETY: The file is valid.
@@ -94,19 +108,14 @@ impl Memfd {
         unsafe { c::kdp_memfd_can_read(self.file.as_ptr(), index as usize) }
     }
 
-    /// Pins the allocation whose first page is at `index`, allocating it if it is a hole. Says whether it, or any of
-    /// a huge page, had a memory error before.
+    /// Pins the huge page whose first page is at `index`, of a memfd of hugetlb; allocates it if it is a
+    /// hole. Says whether any page of it had a memory error before.
     #[inline]
     pub(crate) fn pin(&self, index: u64) -> Result<(Pinned, bool)> {
         let mut pfn = 0;
-        // SAFETY: The file is a memfd (type invariant), of hugetlb if its order is not 0; `pfn` is a place for the answer.
-        let pinned = unsafe {
-            if self.order == 0 {
-                c::kdp_pin_page(self.file.as_ptr(), index as usize, &mut pfn)
-            } else {
-                c::kdp_pin_huge_page(self.file.as_ptr(), index as usize, &mut pfn)
-            }
-        };
+        // SAFETY: The file is a memfd (type invariant), of hugetlb, as the caller says; `pfn` is a
+        // place for the answer.
+        let pinned = unsafe { c::kdp_pin_huge_page(self.file.as_ptr(), index as usize, &mut pfn) };
         if pinned < 0 {
             return Err(Error::from_errno(pinned as i32));
         }
@@ -176,7 +185,7 @@ impl Pinned {
     /// Pins it once more.
     pub(crate) fn again(&self) -> Result<Self> {
         // SAFETY: The folio is pinned (type invariant).
-        to_result(unsafe { c::kdp_pin_again(self.pfn, 1) })?;
+        to_result(unsafe { c::kdp_pin_again(self.pfn) })?;
         // INVARIANT: Just pinned.
         Ok(Self { pfn: self.pfn })
     }
@@ -216,6 +225,20 @@ impl Pfn<'_> {
     pub(crate) fn sub(self, pages: u64) -> Self {
         Self {
             number: self.number - pages as usize,
+            _pinned: PhantomData,
+        }
+    }
+
+    /// The frame of a page.
+    ///
+    /// # Safety
+    ///
+    /// The page is not freed for `'a`.
+    #[inline]
+    pub(super) unsafe fn of_page(page: *mut bindings::page) -> Self {
+        Self {
+            // SAFETY: By the caller's promise.
+            number: unsafe { c::kdp_page_pfn(page) },
             _pinned: PhantomData,
         }
     }
@@ -318,44 +341,6 @@ impl Pins {
             _pinned: PhantomData,
         };
         (frame, added)
-    }
-
-    /// How many of the allocations are not pinned, if those that are pinned are the frames from `first` on,
-    /// one each.
-    pub(crate) fn missing(&self, first: Pfn<'_>) -> Option<usize> {
-        let mut missing = 0;
-        for (frame, number) in self.frames.iter().zip(first.number..) {
-            match frame.load(Relaxed) {
-                0 => missing += 1,
-                raw if raw >> 1 == number => (),
-                _ => return None,
-            }
-        }
-        Some(missing)
-    }
-
-    /// Pins up to `most` allocations that are not pinned, where they are the frames from `first` on, all of
-    /// them of one folio. Returns how many were added.
-    pub(crate) fn fill(&self, first: Pfn<'_>, most: usize) -> usize {
-        // SAFETY: The folio is pinned.
-        if unsafe { c::kdp_pin_again(first.number, most as u32) } != 0 {
-            return 0;
-        }
-        let mut left = most;
-        for (frame, number) in self.frames.iter().zip(first.number..) {
-            if left == 0 {
-                break;
-            }
-            // INVARIANT: One of the pins that were just taken is the array's now.
-            if frame.load(Relaxed) == 0 && frame.cmpxchg(0, number << 1 | 1, Relaxed).is_ok() {
-                left -= 1;
-            }
-        }
-        for _ in 0..left {
-            // INVARIANT: This pin was taken, and is nobody's.
-            drop(Pinned { pfn: first.number });
-        }
-        most - left
     }
 
     /// The first allocation from `from` on that is pinned.

@@ -13,6 +13,7 @@ pub(crate) mod kvm;
 pub(crate) mod memfd;
 pub(crate) mod memory_failure;
 pub(crate) mod mm;
+pub(crate) mod native;
 pub(crate) mod percpu;
 pub(crate) mod remap;
 pub(crate) mod rwsem;

@@ -36,13 +36,6 @@ impl<const N: usize> PerCpu<N> {
         }
     }
 
-    /// Counts one of those that this CPU has in counter `from`, if it has any, in `to` instead.
-    #[inline]
-    pub(crate) fn transfer(&self, from: usize, to: usize) -> bool {
-        // SAFETY: There are `N` counters (type invariant).
-        from < N && to < N && unsafe { c::kdp_percpu_move(self.at.get(), from as u32, to as u32) }
-    }
-
     /// The sum of counter `i` over all CPUs. Exact if nobody adds meanwhile.
     pub(crate) fn sum(&self, i: usize) -> u64 {
         if i >= N {

@@ -222,8 +222,10 @@ impl Remapper {
     ///
     /// The current thread [`is_ours`](Self::is_ours), and `vma` is a new area.
     pub(super) unsafe fn put_back(&self, vma: *mut bindings::vm_area_struct) {
+        let before = self.flags.load(Relaxed);
+        // The file of a native area is on another mount than the memslot's file, which may be noexec.
         // SAFETY: The area is new, so nobody else has it.
-        unsafe { c::kdp_vma_add_flags(vma, self.flags.load(Relaxed) & PUT_BACK) };
+        unsafe { c::kdp_vma_change_flags(vma, before & PUT_BACK, !before & flags::MAYEXEC) };
     }
 }
 
@@ -416,13 +418,13 @@ struct Request {
 }
 
 /// Has [`Remap::remap`] called when the current thread goes back to user mode, if the fault is of its own
-/// address space and a page table stands where a block could be mapped.
+/// address space, in a shared mapping, and a page table stands where a block could be mapped.
 pub(crate) fn request<F: Remap>(remapper: &Remapper, fault: &Fault<'_>) {
     let note = Remapper::note(fault.pgoff() >> PMD_ORDER);
     if remapper.pending.load(Relaxed) == note {
         return;
     }
-    if !fault.may_be_huge_on_return() {
+    if !fault.is_shared() || !fault.may_be_huge_on_return() {
         return;
     }
     let Some(spot) = Spot::of(fault) else {
@@ -485,7 +487,10 @@ pub(crate) struct Spot {
     file: RawFile,
     mm: *mut bindings::mm_struct,
     address: usize,
-    pgoff: u64,
+    /// The page of the memslot.
+    page: u64,
+    /// Where the memslot begins in the file, in pages.
+    base: u64,
 }
 
 impl Spot {
@@ -496,26 +501,28 @@ impl Spot {
             // SAFETY: Always safe to call.
             mm: unsafe { c::kdp_current_mm() },
             address: fault.address(),
-            pgoff: fault.pgoff(),
+            page: fault.pgoff(),
+            base: fault.base(),
         })
     }
 
-    /// The page, as an offset in the file.
+    /// The page of the memslot.
     pub(crate) fn page(&self) -> u64 {
-        self.pgoff
+        self.page
     }
 
     /// Where a range is: its address and its length in bytes.
     fn locate(&self, range: PageRange) -> Option<(usize, usize)> {
         let bytes = |pages: u64| usize::try_from(pages).ok()?.checked_mul(PAGE_SIZE);
-        let before = bytes(self.pgoff.checked_sub(range.first())?)?;
+        let before = bytes(self.page.checked_sub(range.first())?)?;
         let address = self.address.checked_sub(before)?;
         Some((address, bytes(range.count())?))
     }
 
     fn mapped(&self, range: PageRange) -> Option<Mapped> {
         let (address, bytes) = self.locate(range)?;
-        Mapped::find(self.mm, &self.file, address, bytes, range.first())
+        let pgoff = self.base + range.first();
+        Mapped::find(self.mm, &self.file, address, bytes, pgoff)
     }
 
     /// Whether all of a range around the page is mapped here in one piece, as one mmap() would.
@@ -538,7 +545,8 @@ impl Spot {
     /// lock is held.
     pub(crate) fn turn_into(&self, remapper: &Remapper, kind: Kind) -> Result {
         let turn = remapper.turn.lock();
-        let place = Mapped::find(self.mm, &self.file, self.address, PAGE_SIZE, self.pgoff);
+        let pgoff = self.base + self.page;
+        let place = Mapped::find(self.mm, &self.file, self.address, PAGE_SIZE, pgoff);
         let place = place.ok_or(EAGAIN)?;
         if (place.flags & flags::MIXEDMAP != 0) == (kind == Kind::Lost) {
             return Ok(());

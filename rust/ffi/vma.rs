@@ -42,6 +42,8 @@ pub(crate) enum Outcome {
     /// A page table entry may be there, the caller looks; the fault's lock was dropped.
     MappedUnlocked =
         bindings::vm_fault_reason_VM_FAULT_NOPAGE | bindings::vm_fault_reason_VM_FAULT_COMPLETED,
+    /// A locked page with a reference is in the fault, to be copied.
+    Page = bindings::vm_fault_reason_VM_FAULT_LOCKED,
     /// A smaller page, please.
     Fallback = bindings::vm_fault_reason_VM_FAULT_FALLBACK,
     /// SIGBUS, or EFAULT in the kernel.
@@ -58,7 +60,7 @@ impl Outcome {
         self as bindings::vm_fault_t
     }
 
-    fn from_insert(raw: bindings::vm_fault_t) -> Self {
+    pub(super) fn from_insert(raw: bindings::vm_fault_t) -> Self {
         use bindings::*;
         if raw & vm_fault_reason_VM_FAULT_NOPAGE != 0 {
             Outcome::Mapped
@@ -79,6 +81,10 @@ impl Outcome {
 /// `raw` is the argument of a running fault handler, whose lock is held.
 pub(crate) struct Fault<'a> {
     raw: *mut bindings::vm_fault,
+    /// Where the memslot begins in the file of the area, in pages.
+    base: u64,
+    /// In native memory.
+    native: bool,
     _fault: PhantomData<&'a bindings::vm_fault>,
 }
 
@@ -90,10 +96,42 @@ impl Fault<'_> {
         unsafe { &(*self.raw).__bindgen_anon_1 }
     }
 
-    /// The offset in the file, in pages.
+    pub(super) fn raw(&self) -> *mut bindings::vm_fault {
+        self.raw
+    }
+
+    /// The page of the memslot, or of its bitmap.
     #[inline]
     pub(crate) fn pgoff(&self) -> u64 {
-        self.info().pgoff as u64
+        (self.info().pgoff as u64).wrapping_sub(self.base)
+    }
+
+    /// Where the memslot begins in the file of the area, in pages.
+    pub(super) fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// It is in native memory: get_user_pages() comes here for KVM, too.
+    #[inline]
+    pub(crate) fn is_native(&self) -> bool {
+        self.native
+    }
+
+    /// The area is MAP_SHARED.
+    pub(super) fn is_shared(&self) -> bool {
+        self.vma().flags() & c::KDP_VM_MAYSHARE != 0
+    }
+
+    /// The page is to be copied to a private one.
+    #[inline]
+    pub(super) fn makes_private(&self) -> bool {
+        // SAFETY: The fault is being handled (type invariant).
+        unsafe { !(*self.raw).cow_page.is_null() }
+    }
+
+    /// A block that is written is to be private.
+    pub(crate) fn writes_private(&self) -> bool {
+        self.is_write() && !self.is_shared()
     }
 
     #[inline]
@@ -192,7 +230,7 @@ impl Fault<'_> {
         })
     }
 
-    /// The area's pages, first and one past the last, as offsets in the file.
+    /// The area's pages, first and one past the last, as pages of the memslot.
     pub(crate) fn area(&self) -> (u64, u64) {
         let into = (self.address() - self.vma().start()) / PAGE_SIZE;
         let pages = (self.vma().end() - self.vma().start()) / PAGE_SIZE;
@@ -239,7 +277,7 @@ impl Fault<'_> {
         }
     }
 
-    /// The first page of the block around the fault, as an offset in the file. `None` if the block
+    /// The first page of the block around the fault, as a page of the memslot. `None` if the block
     /// does not lie in the area, or if its address and its offset are not aligned alike.
     pub(crate) fn block(&self) -> Option<u64> {
         let size = PAGE_SIZE << PMD_ORDER;
@@ -307,6 +345,14 @@ pub(crate) trait Mapping: 'static {
     /// Whether blocks can be mapped by one entry.
     const HUGE: bool;
 
+    /// Whether it is native memory.
+    const NATIVE: bool = false;
+
+    /// Where the owner begins in the area's file, in pages.
+    fn base(_owner: &Self::Owner) -> u64 {
+        0
+    }
+
     /// An address space has one more area of this kind. Its mmap lock is held for writing.
     fn opened(_owner: ArcBorrow<'_, Self::Owner>, _mm: &Mm) {}
 
@@ -340,8 +386,10 @@ impl<M: Mapping> Ops<M> {
     #[inline]
     unsafe fn enter<'a>(raw: *mut bindings::vm_fault) -> (ArcBorrow<'a, M::Owner>, Fault<'a>) {
         // INVARIANT: By the caller's promise.
-        let fault = Fault {
+        let mut fault = Fault {
             raw,
+            base: 0,
+            native: M::NATIVE,
             _fault: PhantomData,
         };
         // SAFETY: The fault's lock keeps the area valid. `install()` put the owner there, from an `Arc` that the
@@ -350,6 +398,7 @@ impl<M: Mapping> Ops<M> {
             let owner = (*fault.info().vma).vm_private_data;
             ArcBorrow::from_raw(owner.cast::<M::Owner>())
         };
+        fault.base = M::base(&owner);
         (owner, fault)
     }
 
@@ -423,6 +472,24 @@ impl<'a, F: Send + Sync + 'static> NewMapping<'a, F> {
             c::kdp_vma_setup(raw, M::FLAGS, &Ops::<M>::TABLE, owner.cast_mut().cast());
             Ops::<M>::open(raw);
         }
+    }
+
+    /// Whether its file is open for writing.
+    pub(crate) fn is_of_writable_file(&self) -> bool {
+        // SAFETY: The area is valid, and has a file.
+        unsafe { c::kdp_vma_file_writable(self.vma.as_ptr()) }
+    }
+
+    /// Whether its file is one that [`Self::redirect`] gave to an area.
+    pub(crate) fn is_redirected(&self, memfd: &RawFile) -> bool {
+        // SAFETY: The area is valid, and has a file; so has the memfd.
+        unsafe { c::kdp_vma_is_of_memfd(self.vma.as_ptr(), memfd.as_ptr()) }
+    }
+
+    /// Makes it a mapping of `file`, which begins with the page of number `base` of that file.
+    pub(crate) fn redirect(&mut self, file: &RawFile, base: u64) {
+        // SAFETY: The area is new, so nobody else has it; it takes a reference on the file.
+        unsafe { c::kdp_vma_redirect(self.vma.as_ptr(), file.as_ptr(), base as usize) };
     }
 
     /// Whether it is MAP_SHARED.

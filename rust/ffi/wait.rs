@@ -20,7 +20,8 @@ use kernel::{
             PollTable, //
         },
         Completion, //
-    }, //
+    },
+    time::msecs_to_jiffies, //
 };
 
 /// Nanoseconds since some time in the past.
@@ -54,6 +55,8 @@ pub(crate) enum Until {
     Signal,
     /// A fatal one.
     Kill,
+    /// A second has passed.
+    Second,
 }
 
 /// The gate.
@@ -90,7 +93,7 @@ impl Gate {
         look_out(ns, || unsafe { c::kdp_completion_done(self.as_ptr()) })
     }
 
-    /// Sleeps until the gate opens, or until a signal; says whether it opened.
+    /// Sleeps until the gate opens, or the wait is ended; says whether it opened.
     pub(crate) fn wait(&self, until: Until) -> bool {
         let done = self.as_ptr();
         let result = match until {
@@ -98,6 +101,12 @@ impl Gate {
             Until::Signal => unsafe { bindings::wait_for_completion_interruptible(done) },
             // SAFETY: As above.
             Until::Kill => unsafe { bindings::wait_for_completion_killable(done) },
+            Until::Second => {
+                // SAFETY: As above.
+                let left =
+                    unsafe { bindings::wait_for_completion_timeout(done, msecs_to_jiffies(1000)) };
+                return left > 0;
+            }
         };
         result == 0
     }

@@ -56,7 +56,10 @@ impl Memslot {
                 _ => (),
             }
             // Nobody has the page mapped, and others who fill it take `changes`, too.
-            self.backing.frame(pages, page)?.fill(bytes);
+            let frame = self.backing.hold(pages, page)?;
+            frame.pfn().fill(bytes);
+            frame.written();
+            drop(frame);
             pages.filled(page)?;
             Ok((Placed::Now, pages.look(page).1 == u64::MAX))
         })?;

@@ -46,7 +46,7 @@ struct Closing<'a> {
 impl<'a> Closing<'a> {
     fn new(memslot: &'a Arc<Memslot>, range: PageRange) -> Self {
         let turn = memslot.closing.lock();
-        if memslot.poison_signals {
+        if memslot.shows_lost() {
             memslot.pages.write().close(Some(range));
             lost::show_more(memslot.clone());
             work::flush(&memslot.showing);
@@ -60,13 +60,19 @@ impl<'a> Closing<'a> {
 
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
-        if self.memslot.poison_signals {
+        if self.memslot.shows_lost() {
             self.memslot.pages.write().close(None);
         }
     }
 }
 
 impl Memslot {
+    /// Whether what is lost becomes areas of another kind (lost.rs). In native memory KVM hears of it
+    /// without them.
+    pub(crate) fn shows_lost(&self) -> bool {
+        self.poison_signals && !self.backing.is_native()
+    }
+
     /// Poisons a range: it is unmapped from everybody, and who waits for it learns that its bytes are lost.
     pub(crate) fn poison(
         self: &Arc<Self>,
@@ -91,7 +97,7 @@ impl Memslot {
                 Ok(())
             });
             // Also those that were added before one failed.
-            self.inode.unmap(first, part.count);
+            self.unmap(first, part.count);
             if let Some(range) = self.range(first, part.count) {
                 self.void_claims(&pages, range);
             }
@@ -165,8 +171,8 @@ impl Memslot {
             }
             work::yield_now();
         }
-        // It is bad, and nobody knows where.
-        if !found {
+        // It is bad, and nobody knows where. A page of native memory may be another one by now.
+        if !found && !self.backing.is_native() {
             self.lose(page, |_| true)?;
         }
         Ok(())
@@ -189,7 +195,7 @@ impl Memslot {
             return Ok(false);
         }
         let added = pages.poison.add(page, Cause::Hardware);
-        self.inode.unmap(page, 1);
+        self.unmap(page, 1);
         self.void_claims(&pages, range);
         drop(pages);
         self.wake(page, page);

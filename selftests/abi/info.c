@@ -104,17 +104,39 @@ TEST_F(abi, fdinfo_of_vm_and_memslot)
 	EXPECT_FDINFO(self->vm, "kdp-events-read", "1");
 	EXPECT_FDINFO(self->vm, "kdp-faults", "1");
 	EXPECT_FDINFO(self->vm, "kdp-resolved", "3");
-	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "1");
+	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "0");
 	EXPECT_MARK(1, &s, KDP_STATE_ZERO, 9, 1);
 	EXPECT_BYTE(0, s.guest + 9 * PAGE);
 	EXPECT_FDINFO(s.fd, "kdp-zero-filled", "1");
-	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "2");
-	EXPECT_MARK(4, &s, KDP_STATE_ABSENT, 0, PAGES);
 	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "0");
+	EXPECT_MARK(4, &s, KDP_STATE_ABSENT, 0, PAGES);
 	EXPECT_EQ(0, kdp_paging(self->vm, 50, KDP_PAGING_OFF));
 	EXPECT_FDINFO(s.fd, "kdp-paging", "off");
 	/* What a removed memslot has counted stays in the VM's sum. */
 	EXPECT_EQ(0, kdp_remove(self->vm, 50));
 	EXPECT_FDINFO(self->vm, "kdp-memslots", "0");
 	EXPECT_FDINFO(self->vm, "kdp-waits", "1");
+}
+
+/* Huge pages are pinned as they are touched. Pages of shmem never are. */
+TEST_F(abi, fdinfo_counts_pinned_huge_pages)
+{
+	struct slot s;
+
+	if (!hugetlb_reserve(2))
+		SKIP(return, "no two free 2 MiB pages");
+	s = slot_on(_metadata, self->vm, 51, 1024, KDP_MEMSLOT_PAGING, true);
+	EXPECT_MARK(1023, &s, KDP_STATE_PRESENT, 0, 1023);
+	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "0");
+	EXPECT_BYTE(0, s.guest + 7 * PAGE);
+	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "512");
+	EXPECT_MARK(1, &s, KDP_STATE_ZERO, 1023, 1);
+	EXPECT_BYTE(0, s.guest + 1023 * PAGE);
+	EXPECT_FDINFO(s.fd, "kdp-zero-filled", "1");
+	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "1024");
+	/* A huge page of which one page is present stays. */
+	EXPECT_MARK(1023, &s, KDP_STATE_ABSENT, 0, 1023);
+	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "512");
+	EXPECT_MARK(1, &s, KDP_STATE_ABSENT, 1023, 1);
+	EXPECT_FDINFO(s.fd, "kdp-pinned-pages", "0");
 }

@@ -28,14 +28,70 @@ FIXTURE_TEARDOWN(map)
 		TH_LOG("%llu bytes at %#llx were mapped", (__u64)(bytes), (__u64)(offset));	\
 } while (0)
 
+#define EXPECT_NO_PRIVATE_MAP(fd, offset) do {						\
+	const int prots_[] = { PROT_READ, PROT_READ | PROT_WRITE, PROT_NONE };		\
+	for (size_t i_ = 0; i_ < ARRAY_SIZE(prots_); i_++) {				\
+		EXPECT_NO_MAP(fd, PAGE, prots_[i_], MAP_PRIVATE, offset);		\
+		EXPECT_EQ(EINVAL, errno);						\
+	}										\
+} while (0)
+
+/* The bitmap is never private, and memory of hugetlb is not. */
 TEST_F(map, private_is_refused)
 {
-	const int prots[] = { PROT_READ, PROT_READ | PROT_WRITE, PROT_NONE };
+	EXPECT_NO_PRIVATE_MAP(self->s.fd, KDP_BITMAP_OFFSET);
+	if (hugetlb_reserve(1)) {
+		struct slot huge = slot_on(_metadata, self->vm, 2, 512, KDP_MEMSLOT_PAGING, true);
 
-	for (size_t i = 0; i < ARRAY_SIZE(prots); i++) {
-		EXPECT_NO_MAP(self->s.fd, PAGE, prots[i], MAP_PRIVATE, 0);
-		EXPECT_NO_MAP(self->s.fd, PAGE, prots[i], MAP_PRIVATE, KDP_BITMAP_OFFSET);
+		EXPECT_NO_PRIVATE_MAP(huge.fd, 0);
+		EXPECT_NO_PRIVATE_MAP(huge.fd, KDP_BITMAP_OFFSET);
 	}
+}
+
+/*
+ * A private mapping of shmem shows the memslot's pages until they are written there. What is
+ * written there nobody else sees, and it stays.
+ */
+TEST_F(map, private_is_private)
+{
+	struct slot *s = &self->s, view = *s;
+	struct toucher t = { .val = 0x42 };
+	unsigned char *own = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, s->fd, 0);
+
+	ASSERT_NE(MAP_FAILED, own);
+	for (int page = 0; page < 3; page++)
+		s->alias[page * PAGE] = 0x20 + page;
+	EXPECT_MARK(3, s, KDP_STATE_PRESENT, 0, 3);
+	/* Page 0 is read before it is written, page 1 is not. Page 2 is read alone. */
+	EXPECT_BYTE(0x20, own);
+	EXPECT_BYTE(0x22, own + 2 * PAGE);
+	EXPECT_EQ(0, touch_write(own, 0x40));
+	EXPECT_EQ(0, touch_write(own + PAGE, 0x41));
+	for (int page = 0; page < 2; page++) {
+		EXPECT_BYTE(0x40 + page, own + page * PAGE);
+		EXPECT_BYTE(0x20 + page, s->guest + page * PAGE);
+		EXPECT_EQ(0x20 + page, s->alias[page * PAGE]);
+	}
+	EXPECT_MARK(3, s, KDP_STATE_ABSENT, 0, 3);
+	EXPECT_BYTE(0x40, own);
+	EXPECT_BYTE(0x41, own + PAGE);
+	EXPECT_EQ(0, touch_write(own + PAGE, 0x51));
+	EXPECT_FALSE(event_pending(self->vm, 0));
+	/* What is not written is the memslot's page, and absent. Who writes waits for it. */
+	view.guest = own;
+	wait_begins(_metadata, &view, &t, 2, TOUCH_WRITE);
+	s->alias[2 * PAGE] = 0x32;
+	s->alias[2 * PAGE + 1] = 0x33;
+	EXPECT_MARK(3, s, KDP_STATE_PRESENT, 0, 3);
+	ASSERT_TRUE(toucher_join(&t));
+	EXPECT_EQ(0, t.result);
+	EXPECT_BYTE(0x42, own + 2 * PAGE);
+	EXPECT_BYTE(0x33, own + 2 * PAGE + 1);
+	EXPECT_BYTE(0x32, s->guest + 2 * PAGE);
+	/* Copies stay when the memslot's pages come back. */
+	EXPECT_BYTE(0x40, own);
+	EXPECT_BYTE(0x51, own + PAGE);
+	EXPECT_BYTE(0x21, s->guest + PAGE);
 }
 
 TEST_F(map, beyond_the_end_is_refused)
@@ -88,14 +144,82 @@ TEST_F(map, vm_fd_is_refused)
 	EXPECT_NO_MAP(self->vm, PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
 }
 
-/* Populating must not wait for pages that somebody would have to fetch. */
-TEST_F(map, populate_does_not_wait)
-{
-	void *p = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
-		       self->s.fd, 0);
+/* A thread that asks for all pages by one system call. */
+struct populator {
+	pthread_t thread;
+	struct slot *s;
+	bool locks;	/* by mlock(2), else by MAP_POPULATE */
+	unsigned char *p;
+	int err;
+	atomic_int done;
+};
 
+static void *populate(void *arg)
+{
+	struct populator *p = arg;
+
+	p->p = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE,
+		    MAP_SHARED | (p->locks ? 0 : MAP_POPULATE), p->s->fd, 0);
+	p->err = p->p == MAP_FAILED ? errno : 0;
+	if (!p->err && p->locks)
+		p->err = mlock(p->p, PAGES * PAGE) ? errno : 0;
+	p->done = 1;
+	return NULL;
+}
+
+/* It waits for each page that is absent, and for no other. */
+static void populate_waits(struct __test_metadata *_metadata, struct slot *s, bool locks)
+{
+	struct populator p = { .s = s, .locks = locks };
+	long long end = now_ms() + PATIENCE_MS;
+
+	for (int page = 0; page < PAGES; page++)
+		s->alias[page * PAGE] = page;
+	EXPECT_MARK(3, s, KDP_STATE_PRESENT, 0, 3);
+	EXPECT_MARK(1, s, KDP_STATE_ZERO, 3, 1);
+	ASSERT_EQ(0, pthread_create(&p.thread, NULL, populate, &p));
+	for (__u64 page = 4; page < PAGES; page++) {
+		struct kdp_event ev = event_read(_metadata, s->vm);
+
+		EXPECT_EQ(page, ev.page);
+		EXPECT_TRUE(ev.access & KDP_ACCESS_KERNEL) TH_LOG("access %#x", ev.access);
+		EXPECT_EQ(0, atomic_load(&p.done));
+		EXPECT_MARK(1, s, KDP_STATE_PRESENT, page, 1);
+	}
+	while (!p.done && now_ms() < end)
+		usleep(500);
+	ASSERT_TRUE(p.done);
+	ASSERT_EQ(0, pthread_join(p.thread, NULL));
+	ASSERT_EQ(0, p.err);
+	for (int page = 0; page < PAGES; page++) {
+		EXPECT_BYTE(page == 3 ? 0 : page, p.p + page * PAGE);
+	}
+	EXPECT_FALSE(event_pending(s->vm, 0));
+}
+
+TEST_F(map, populate_waits)
+{
+	populate_waits(_metadata, &self->s, false);
+}
+
+TEST_F(map, mlock_waits)
+{
+	populate_waits(_metadata, &self->s, true);
+}
+
+/* The kernel does not populate mappings of hugetlb: they are VM_PFNMAP. */
+TEST(map_populate_does_not_wait)
+{
+	int vm = vm_open(_metadata);
+	struct slot s;
+	void *p;
+
+	if (!hugetlb_reserve(1))
+		SKIP(return, "no free 2 MiB page");
+	s = slot_on(_metadata, vm, 1, 512, KDP_MEMSLOT_PAGING, true);
+	p = mmap(NULL, 512 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, s.fd, 0);
 	EXPECT_NE(MAP_FAILED, p);
-	EXPECT_FALSE(event_pending(self->vm, 0));
+	EXPECT_FALSE(event_pending(vm, 0));
 }
 
 TEST_F(map, read_only_guest_memory)

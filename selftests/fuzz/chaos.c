@@ -94,7 +94,8 @@ static void spoil(struct task *t, void *arg, size_t size, size_t keep_at)
 static void touch_some(struct task *t, int fd)
 {
 	size_t pages = 1 + pick(&t->r, 64);
-	unsigned char *p = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+	int flags = chance(&t->r, 20) ? MAP_PRIVATE : MAP_SHARED;
+	unsigned char *p = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, flags, fd,
 				pick(&t->r, 4) * PAGE), val = 1;
 
 	if (p == MAP_FAILED)

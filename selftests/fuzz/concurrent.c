@@ -34,8 +34,11 @@ static bool setup_checked(struct shared *sh, int i)
 		return false;
 	c->alias = mmap(NULL, c->pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, c->memfd, 0);
 	c->guest = mmap(NULL, c->pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, a.fd, 0);
+	if (!huge)
+		c->own = mmap(NULL, c->pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, a.fd, 0);
 	c->bitmap = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, a.fd, KDP_BITMAP_OFFSET);
-	return c->alias != MAP_FAILED && c->guest != MAP_FAILED && (void *)c->bitmap != MAP_FAILED;
+	return c->alias != MAP_FAILED && c->guest != MAP_FAILED && c->own != MAP_FAILED &&
+	       (void *)c->bitmap != MAP_FAILED;
 }
 
 static struct shared *setup(const struct options *opt)

@@ -32,6 +32,7 @@ struct checked {
 	int memfd;
 	unsigned char *alias;
 	unsigned char *guest;
+	unsigned char *own;	/* each process's private mapping; NULL on hugetlb */
 	atomic_ullong *bitmap;
 };
 

@@ -144,7 +144,6 @@ void model_zero_fill(struct mslot *s, __u64 page)
 	s->mem->head[s->first + page] = 0;
 	s->mem->tail[s->first + page] = 0;
 	s->state[page] = KDP_STATE_PRESENT;
-	s->pinned[page] = true;
 }
 
 static int unread(struct model *m, int vm)
@@ -221,10 +220,6 @@ void model_touch(struct model *m, struct mslot *s, __u64 page, enum touch_kind k
 		return;
 	if (zero)
 		model_zero_fill(s, page);
-	if (s->paging)
-		s->pinned[page] = true;
-	else
-		memset(s->pinned, true, sizeof(s->pinned));
 	if (kind == TOUCH_WRITE)
 		set_low_byte(s, page, val);
 	check_bytes(m, s, page);
@@ -265,10 +260,6 @@ static void settle_one(struct model *m, struct waiter *w, int want)
 		return;
 	if (s->paging && s->state[page] == KDP_STATE_ZERO)
 		model_zero_fill(s, page);
-	if (s->paging)
-		s->pinned[page] = true;
-	else
-		memset(s->pinned, true, sizeof(s->pinned));
 	if (w->t.kind == TOUCH_WRITE)
 		set_low_byte(s, page, w->t.val);
 	else if (w->t.val != (unsigned char)s->mem->head[s->first + page])
@@ -297,6 +288,8 @@ void model_forget(struct model *m, struct mslot *s)
 		munmap(s->guest, s->pages * PAGE);
 	if (s->bitmap)
 		munmap(s->bitmap, bitmap_bytes(s->pages));
+	if (s->own)
+		munmap(s->own, s->pages * PAGE);
 	close(s->fd);
 	memset(s, 0, sizeof(*s));
 }

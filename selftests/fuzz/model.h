@@ -42,11 +42,14 @@ struct mslot {
 	__u64 first;		/* its page 0 in the memfd */
 	bool paging;
 	unsigned char state[MAX_PAGES];		/* KDP_STATE_*, while paging is on */
-	bool pinned[MAX_PAGES];			/* may be */
 	unsigned char event[MAX_PAGES];		/* enum event */
 	int fd;
 	unsigned char *guest;
 	atomic_ullong *bitmap;
+	unsigned char *own;	/* a private mapping; NULL on hugetlb */
+	bool copied[MAX_PAGES];			/* it was written there */
+	__u64 own_head[MAX_PAGES];		/* of the pages that are copied */
+	__u64 own_tail[MAX_PAGES];
 	char name[KDP_NAME_LEN];
 };
 
@@ -118,5 +121,10 @@ void op_get(struct model *m);
 void op_paging(struct model *m);
 void op_close_vm(struct model *m);
 void op_forget(struct model *m);
+
+/* The ops on shmem that is the kernel's ordinary memory (native.c). */
+void op_private(struct model *m);
+void op_fork(struct model *m);
+void op_advise(struct model *m);
 
 #endif

@@ -132,7 +132,9 @@ void op_create(struct model *m)
 	s->guest = mmap(NULL, s->pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
 	s->bitmap = mmap(NULL, bitmap_bytes(s->pages), PROT_READ | PROT_WRITE, MAP_SHARED, s->fd,
 			 KDP_BITMAP_OFFSET);
-	if (s->guest == MAP_FAILED || s->bitmap == MAP_FAILED)
+	if (!s->mem->huge)
+		s->own = mmap(NULL, s->pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, s->fd, 0);
+	if (s->guest == MAP_FAILED || s->bitmap == MAP_FAILED || s->own == MAP_FAILED)
 		model_fail(m, "a new memslot cannot be mapped: %s", strerror(errno));
 }
 
@@ -149,10 +151,8 @@ void op_remove(struct model *m)
 	may_fail(&errs, !s, ENOENT);
 	log_op(&m->log, "remove", vm, a.slot_id, a.flags, a.__reserved, 0);
 	if (!model_call(m, "KDP_MEMSLOT_REMOVE", m->vm[vm], KDP_MEMSLOT_REMOVE, &a, sizeof(a), &errs) &&
-	    s) {
+	    s)
 		s->life = LIFE_REMOVED;
-		memset(s->pinned, false, sizeof(s->pinned));
-	}
 }
 
 void op_get(struct model *m)

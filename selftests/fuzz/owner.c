@@ -182,10 +182,13 @@ void checked_touch(struct task *t)
 	struct checked *c = &t->sh->checked[pick(&t->r, NR_CHECKED)];
 	__u64 page = pick(&t->r, c->pages), value;
 	int i = pick(&t->r, ARRAY_SIZE(words)), sig;
-	bool writes = chance(&t->r, 40);
-	volatile __u64 *p = word(c->guest, page, i);
+	bool writes = chance(&t->r, 40), own = c->own && chance(&t->r, 10);
+	volatile __u64 *p = word(own ? c->own : c->guest, page, i);
 
-	log_op(&t->log, writes ? "write" : "read", c->id, page, i, 0, 0);
+	log_op(&t->log, writes ? "write" : "read", c->id, page, i, own, 0);
+	/* What is dropped is copied anew. */
+	if (own && chance(&t->r, 20))
+		madvise(c->own + page * PAGE, PAGE, MADV_DONTNEED);
 	t->sh->touching[t->index] = 1;
 	sig = sigsetjmp(touch_env, 1);
 	if (!sig) {

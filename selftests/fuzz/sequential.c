@@ -11,11 +11,8 @@ static __u64 mark_one(struct mslot *s, __u64 page, __u32 state)
 {
 	bool was_present = s->state[page] == KDP_STATE_PRESENT;
 
-	if (state == KDP_STATE_ABSENT) {
-		s->pinned[page] = false;
-		if (s->event[page])
-			s->event[page] = EV_UNKNOWN;
-	}
+	if (state == KDP_STATE_ABSENT && s->event[page])
+		s->event[page] = EV_UNKNOWN;
 	if (s->state[page] == state || (was_present && state == KDP_STATE_ZERO))
 		return 0;
 	s->state[page] = state;
@@ -210,7 +207,8 @@ static void op_map(struct model *m)
 {
 	struct mslot *s = any_slot(m, LIFE_LISTED);
 	__u64 offset, length, limit;
-	bool bitmap, good;
+	bool bitmap, private, fits, good;
+	int err;
 	void *p;
 
 	if (!s)
@@ -219,12 +217,17 @@ static void op_map(struct model *m)
 	limit = bitmap ? bitmap_bytes(s->pages) / PAGE : s->pages;
 	offset = chance(&m->r, 10) ? nasty(&m->r) % (1ULL << 50) : pick(&m->r, limit);
 	length = chance(&m->r, 10) ? 1 + nasty(&m->r) % (1ULL << 24) : 1 + pick(&m->r, limit);
-	good = offset < limit && length <= limit - offset && (!bitmap || s->paging);
-	log_op(&m->log, "map", s->vm, s->id, bitmap, offset, length);
-	p = mmap(NULL, length * PAGE, PROT_READ | PROT_WRITE,
-		 chance(&m->r, 5) ? (good = false, MAP_PRIVATE) : MAP_SHARED, s->fd,
-		 (bitmap ? KDP_BITMAP_OFFSET : 0) + offset * PAGE);
-	log_result(&m->log, p == MAP_FAILED ? errno : 0);
+	private = chance(&m->r, 20);
+	fits = offset < limit && length <= limit - offset && (!bitmap || s->paging);
+	/* Memory of shmem alone can be private. */
+	good = fits && !(private && (bitmap || s->mem->huge));
+	log_op(&m->log, private ? "map private" : "map", s->vm, s->id, bitmap, offset, length);
+	p = mmap(NULL, length * PAGE, PROT_READ | PROT_WRITE, private ? MAP_PRIVATE : MAP_SHARED,
+		 s->fd, (bitmap ? KDP_BITMAP_OFFSET : 0) + offset * PAGE);
+	err = p == MAP_FAILED ? errno : 0;
+	log_result(&m->log, err);
+	if (fits && !good && err != EINVAL)
+		model_fail(m, "mmap of what cannot be private: '%s'", strerror(err));
 	/* Whether a bitmap that is not there can be mapped is not said. */
 	if (good != (p != MAP_FAILED) && (!bitmap || s->paging))
 		model_fail(m, "mmap %s", good ? "failed" : "worked, and should not");
@@ -349,19 +352,12 @@ static void op_junk(struct model *m)
 		model_fail(m, "an ioctl on a memslot: %s", strerror(errno));
 }
 
-/* Give memory back, where the header says that it is no longer pinned. */
+/* Give memory back. Nobody pins pages of shmem: whatever their state is, they hold zeros then. */
 static void op_punch(struct model *m)
 {
 	struct mem *mem = &m->mem[pick(&m->r, 2)];
 	__u64 at = pick(&m->r, mem->pages);
 
-	for (struct mslot *s = m->slot; s < m->slot + NR_SLOTS; s++) {
-		__u64 page = at - s->first;
-
-		if (s->life && s->mem == mem && at >= s->first && page < s->pages &&
-		    (s->pinned[page] || !s->paging || s->state[page] != KDP_STATE_ABSENT))
-			return;
-	}
 	log_op(&m->log, "punch", mem - m->mem, at, 0, 0, 0);
 	if (fallocate(mem->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at * PAGE, PAGE))
 		model_fail(m, "fallocate: %s", strerror(errno));
@@ -376,6 +372,7 @@ static const struct {
 	{ op_check_bitmap, 4 }, { op_create, 6 }, { op_remove, 2 }, { op_get, 3 }, { op_paging, 2 },
 	{ op_map, 3 }, { op_remap, 1 }, { op_junk, 2 }, { op_punch, 2 }, { op_exits, 1 },
 	{ op_close_vm, 1 }, { op_forget, 1 }, { op_collapse, 2 },
+	{ op_private, 12 }, { op_fork, 1 }, { op_advise, 2 },
 };
 
 /* A call that does not come back shows as no progress. */

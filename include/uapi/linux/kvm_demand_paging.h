@@ -150,12 +150,18 @@ struct kdp_info {
  * Create a memslot. Its cost does not depend on its size: neither memory nor
  * bitmap is allocated before it is touched.
  *
- * The memfd's pages are pinned one by one as they are mapped. Pinned shmem
- * pages are charged to the RLIMIT_MEMLOCK of the user who opened the VM, with
- * the limit that the caller of this ioctl has; CAP_IPC_LOCK lifts it. hugetlb
- * pages are not charged. A block of shmem that is mapped by one entry, because
- * the memfd holds a folio of 2 MiB there and @memfd_offset is a multiple of
- * 2 MiB, has all its pages pinned and charged.
+ * A memslot on shmem is ordinary memory: its pages are not pinned, and not charged to
+ * RLIMIT_MEMLOCK. Who touches a page pays for it (memory cgroups). The kernel swaps
+ * and moves pages as those of the memfd. get_user_pages() works, and with it O_DIRECT,
+ * io_uring, process_vm_readv(2) and nested guests; it waits for absent pages. Through
+ * /proc/PID/mem an absent page is EIO. A mapping may be MAP_PRIVATE: what was written
+ * there stays when the page is made absent. A block is mapped by one entry if the memfd
+ * holds a folio of 2 MiB there, @memfd_offset is a multiple of 2 MiB, and all its pages
+ * are present.
+ *
+ * The huge pages of hugetlb are pinned one by one as they are mapped, and mapped past
+ * the kernel's own bookkeeping (VM_PFNMAP): get_user_pages() fails with EFAULT, and so
+ * does MAP_PRIVATE with EINVAL.
  *
  * Errors beside the common ones:
  *
@@ -192,12 +198,12 @@ struct kdp_memslot_create {
  * A vCPU that touches a poisoned page gets what it gets elsewhere, for VMMs that
  * do not know us: KVM sends its thread SIGBUS with si_code BUS_MCEERR_AR, si_addr
  * in the page and si_addr_lsb 12, and KVM_RUN ends with EINTR as for any signal;
- * also in threads with exits on. It takes two more areas (vm.max_map_count) in each
+ * also in threads with exits on. On hugetlb it takes two more areas (vm.max_map_count) in each
  * process that maps the memslot, for each range that is poisoned; where a VMM has
  * more than 32768, KVM_RUN fails with EFAULT instead, as it may where a page is healed
  * and poisoned again while a vCPU is in the middle of a fault on it. Without this flag
- * a thread with exits on gets an exit with KDP_EXIT_POISONED, and KVM_RUN of others
- * fails with EFAULT.
+ * a thread with exits on gets an exit with KDP_EXIT_POISONED. Others get the signal on
+ * shmem, and on hugetlb KVM_RUN fails with EFAULT.
  */
 #define KDP_MEMSLOT_POISON_SIGNAL	(1U << 1)
 
@@ -210,7 +216,7 @@ struct kdp_memslot_create {
  *
  * Remove a memslot. It is unmapped from every process before the call returns;
  * who waits for one of its pages, and whoever touches it from now on, gets
- * SIGBUS (or EFAULT, in the kernel), through fds that are still open, too. Its
+ * SIGBUS (or EFAULT, in the kernel), through fds that are still open, too. Huge
  * pages are unpinned.
  */
 struct kdp_memslot_remove {
@@ -340,8 +346,8 @@ struct kdp_range {
  * of a page whose bit was set by hand.
  *
  * ABSENT: the pages' bytes are elsewhere. They are unmapped from every process
- * before the call returns, from KVM's guests too. Backing pages that hold
- * nothing but absent pages are unpinned: their memory can now be given back
+ * before the call returns, from KVM's guests too. Huge pages of hugetlb that
+ * hold nothing but absent pages are unpinned. The memory can now be given back
  * by fallocate(2) with FALLOC_FL_PUNCH_HOLE on the memfd.
  *
  * ZERO: absent pages that are known to hold nothing. When touched, they are
@@ -437,8 +443,7 @@ struct kdp_vcpu_exits {
  * That happens by itself to a block that is touched, or made whole by KDP_MARK,
  * so this is for blocks that became whole by bits set by hand and of which only
  * pages are touched that were mapped before. Blocks that are huge already cost a
- * fault each. A block of shmem whose pages RLIMIT_MEMLOCK leaves no room for
- * stays small.
+ * fault each.
  *
  * @collapsed + @incomplete + @small = @count; they are written also when the
  * call fails half-way.
@@ -721,8 +726,7 @@ struct kdp_replace {
  *  - EFAULT: @data or @results cannot be accessed; @done pages are done, and if that
  *    was @results, one more.
  *  - EINTR: a fatal signal arrived; @done pages are done.
- *  - ENOMEM: there is no memory for a page, or RLIMIT_MEMLOCK is reached; @done pages
- *    are done.
+ *  - ENOMEM: there is no memory for a page; @done pages are done.
  */
 struct kdp_place {
 	__u32 size;
@@ -840,9 +844,7 @@ struct kdp_claim {
  * KDP_EXIT_WRITE if the guest wrote.
  */
 #define KDP_EXIT_ABSENT		(1ULL << 32)	/* the page is absent */
-#define KDP_EXIT_NO_MEMORY	(1ULL << 33)	/* it cannot be pinned: no memory,
-						 * or RLIMIT_MEMLOCK is reached
-						 */
+#define KDP_EXIT_NO_MEMORY	(1ULL << 33)	/* there is no memory for it */
 #define KDP_EXIT_SOURCE_ERROR	(1ULL << 34)	/* its source cannot be read */
 #define KDP_EXIT_RETRY		(1ULL << 35)	/* it was there, and was unmapped at that
 						 * very moment: enter KVM_RUN again,

@@ -8,7 +8,7 @@ use crate::{abi, PAGE_SIZE};
 pub enum Reason {
     /// The page is absent: place it, make it present, enter KVM_RUN again.
     Absent,
-    /// The page cannot be pinned: no memory, or RLIMIT_MEMLOCK is reached.
+    /// There is no memory for the page: on hugetlb, no free huge page.
     NoMemory,
     /// Its source ([`Vm::set_source`](crate::Vm::set_source)) cannot be read.
     SourceError,

@@ -21,7 +21,7 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// What pages a memfd is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// shmem: pages of 4 KiB, swappable until they are pinned.
+    /// shmem: pages of 4 KiB, ordinary memory of the kernel, not pinned.
     Shmem,
     /// hugetlb pages of 2 MiB.
     Huge2M,

@@ -70,7 +70,7 @@ fn hint(errno: Errno) -> Option<&'static str> {
         Errno::NOENT => Some("the VM has no such memslot"),
         Errno::NXIO => Some("demand paging of the memslot is off: all its pages are present"),
         Errno::INVAL => Some("there must be at least one page, and none past the memslot's end"),
-        Errno::NOMEM => Some("there is no memory for a page, or RLIMIT_MEMLOCK is reached"),
+        Errno::NOMEM => Some("there is no memory for a page"),
         _ => None,
     }
 }

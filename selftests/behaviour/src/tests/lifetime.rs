@@ -242,8 +242,8 @@ fn signal_to_a_waiting_thread() -> Result {
     Ok(())
 }
 
-/// A plain signal to a vCPU that waits for a page, exits off: KVM_RUN does not return until the page is
-/// there (a documented limit), and then returns for the signal; nothing is lost.
+/// A plain signal to a vCPU that waits for a page, exits off: on shmem KVM_RUN returns at once; on hugetlb
+/// it does not return until the page is there (a documented limit). Nothing is lost.
 fn signal_to_a_waiting_vcpu() -> Result {
     sys::catch_idly(libc::SIGUSR1)?;
     for (backing, pages) in BACKINGS {
@@ -255,8 +255,15 @@ fn signal_to_a_waiting_vcpu() -> Result {
         let waits = slot.counter("waits")?;
         sys::signal_thread(task.tid, libc::SIGUSR1)?;
         task.still_waits("the vCPU")?;
-        ensure_eq!(slot.counter("waits")?, waits, "waits after the signal");
-        slot.no_event()?;
+        let again = u64::from(backing == Backing::Shmem);
+        ensure_eq!(
+            slot.counter("waits")?.min(waits + 1),
+            waits + again,
+            "waits after the signal, at least"
+        );
+        if backing != Backing::Shmem {
+            slot.no_event()?;
+        }
         slot.place(4, 3)?;
         let ran = task.join("the vCPU")?;
         ensure_eq!(ran.interrupted, 1, "returns of KVM_RUN for the signal");

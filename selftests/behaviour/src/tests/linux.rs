@@ -13,7 +13,7 @@ use kvm_demand_paging::PageRange;
 
 use crate::check::Result;
 use crate::linux::{self, restore, snapshot, Console, MEMORY};
-use crate::slot::PAGE;
+use crate::slot::{counter, PAGE};
 use crate::task::until;
 
 tests! {
@@ -199,6 +199,12 @@ fn pages_come_on_demand() -> Result {
         .unwrap_or_else(PoisonError::into_inner);
     println!("{fetched} of {} pages were fetched", MEMORY / PAGE);
     ensure!(fetched < MEMORY / PAGE / 2, "{fetched} pages were fetched");
+    // With its local APIC in the kernel, KVM could halt the vCPU, and a kworker would wait.
+    let vm = elsewhere.ram.paged().map(|paged| paged.vm().as_fd());
+    let count = |name: &str| vm.map_or(Ok(0), |vm| counter(vm, name));
+    let (exits, waits) = (count("exits")?, count("waits")?);
+    println!("{exits} exits, {waits} waits");
+    ensure!(exits > 10 * waits, "{exits} exits, {waits} waits");
     console.check()
 }
 

@@ -72,8 +72,11 @@ impl Errors {
     }
 }
 
+/// A page in the alias mapping, where it is mapped from now on.
 pub(super) fn alias_of(alias: &AliasMap, page: u64) -> *const u8 {
-    alias.as_ptr().wrapping_add((page * PAGE) as usize)
+    let at = alias.as_ptr().wrapping_add((page * PAGE) as usize);
+    sys::load(at.cast());
+    at
 }
 
 fn check_event(event: &Event, page: u64) -> Result {
@@ -445,12 +448,12 @@ fn for_guests() -> Result {
 /// memslot, until the page is brought in anew.
 fn in_a_frame_that_is_not_ours() -> Result {
     let errors = Errors::new()?;
-    let slot = Slot::new(Backing::Shmem, 64)?;
+    let slot = Slot::new(Backing::Huge2M, BLOCK)?;
     slot.place(9, 1)?;
     slot.check(9, 1)?;
-    slot.memfd.punch_hole(PageRange::page(9))?;
+    slot.memfd.punch_hole(PageRange::new(0, BLOCK))?;
     slot.fill(9, 2)?;
-    errors.inject_into(Backing::Shmem, &slot, 9)?;
+    errors.inject_into(Backing::Huge2M, &slot, 9)?;
     slot.no_event()?;
     ensure_eq!(slot.vm.poisoned(ID)?, [], "the list");
     slot.check(9, 1)

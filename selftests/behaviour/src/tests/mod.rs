@@ -27,6 +27,7 @@ mod limit;
 mod linux;
 mod memory_error;
 mod migrate;
+mod native;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -67,6 +68,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         pin_move::TESTS,
         pin_offline::TESTS,
         place_race::TESTS,
+        native::TESTS,
         hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.

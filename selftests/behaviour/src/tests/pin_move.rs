@@ -12,12 +12,8 @@ use crate::numa;
 use crate::slot::{need_huge_pages, Slot, BLOCK, ID, PAGE};
 
 tests! {
-    "pin-move-on-request-shmem" => || on_request(Backing::Shmem, BLOCK),
     "pin-move-on-request-hugetlb" => || on_request(Backing::Huge2M, 2 * BLOCK),
 }
-
-/// Pages that are moved at once, of shmem.
-const STEP: u64 = 32;
 
 /// Moves a range: absent pages are not pinned, and nobody writes to them; what they hold stays in the memfd. Who touches one
 /// meanwhile waits as for any absent page.
@@ -37,12 +33,10 @@ fn move_range(slot: &Slot, range: PageRange, each: u64, node: u32) -> Result {
 /// There and back, range by range, while vCPUs write: no write is lost.
 fn on_request(backing: Backing, pages: u64) -> Result {
     numa::need_nodes()?;
-    if backing == Backing::Huge2M {
-        need_huge_pages(32)?;
-    }
+    need_huge_pages(32)?;
     let slot: Arc<Slot> = Slot::new(backing, pages)?;
     let each = backing.page_size();
-    let step = (each / PAGE).max(STEP);
+    let step = each / PAGE;
     let [from, to] = numa::NODES;
     numa::on_node(from, || Ok(kdp_vmm::populate(&slot.alias)?))?;
     slot.vm.set_paging(ID, Paging::OnPresent)?;

@@ -13,20 +13,16 @@ use kvm_demand_paging::{AliasMap, Backing, Memfd, Paging};
 use crate::busy::Busy;
 use crate::check::{skip, Result};
 use crate::numa::{self, memory_block};
-use crate::slot::{Slot, BLOCK, ID, PAGE};
-use crate::sys::{self, Touched};
+use crate::slot::{Slot, BLOCK, ID};
+use crate::sys;
 use crate::task::Task;
 
 tests! {
-    "pin-offline-refused" => refused,
-    "pin-offline-of-a-movable-block" => of_a_movable_block,
+    "native-leaves-a-block-that-goes-offline" => leaves_a_block,
 }
 
 /// The node whose memory is taken away: the kernel started from the other one.
 const NODE: u32 = numa::NODES[1];
-
-/// How long a request is left to try.
-const TRIES: Duration = Duration::from_secs(5);
 
 /// A memory block, online again when this is dropped.
 struct Block(u64);
@@ -107,9 +103,8 @@ fn take_up_to_a_clean_block() -> Result<Option<Vec<AliasMap>>> {
     Ok(None)
 }
 
-/// Ordinary memory: a block with pinned pages stays online, however long the kernel tries, and the guest goes on. When the
-/// memslot is gone, the same request takes the same block away, with the same pages in it.
-fn refused() -> Result {
+/// Memory of a memslot of shmem leaves a block that is taken offline, and the guest goes on.
+fn leaves_a_block() -> Result {
     numa::need_nodes()?;
     let pages = BLOCK;
     let Some(taken) = take_up_to_a_clean_block()? else {
@@ -119,122 +114,23 @@ fn refused() -> Result {
     numa::on_node(NODE, || Ok(kdp_vmm::populate(&slot.alias)?))?;
     slot.vm.set_paging(ID, Paging::OnPresent)?;
     let busy = Busy::start(&slot)?;
-    let before = frames(&slot.alias)?;
-    let number = memory_block(before[pages as usize - 1]);
+    let number = memory_block(frames(&slot.alias)?[pages as usize - 1]);
     if unmovable(number)? > 0 {
         return skip("the kernel has taken memory for itself there meanwhile");
     }
     // Room for what is to be moved.
     drop(taken);
     let block = Block(number);
-    let pinned = within(number, &before);
-    let asked = block.ask("offline", TRIES)?;
-    println!("memory block {number}, {pinned} pinned pages: {asked:?}");
-    ensure!(
-        asked.is_err(),
-        "a block with pinned pages was taken offline"
-    );
-    ensure!(!block.is_offline()?, "a block with pinned pages is offline");
-    busy.goes_on(2)?;
-    ensure!(
-        frames(&slot.alias)? == before,
-        "pinned pages have been moved"
-    );
-    let rounds = busy.end()?;
-    slot.vm.remove_memslot(ID)?;
     let asked = block.ask("offline", Duration::from_secs(60))?;
     ensure!(
         asked.is_ok() && block.is_offline()?,
-        "the same block, without a memslot, came to {asked:?}"
+        "taking the block offline came to {asked:?}"
     );
     ensure_eq!(
         within(number, &frames(&slot.alias)?),
         0,
         "pages in a block that is offline"
     );
-    println!("it is offline without the memslot; the guest went through the memory {rounds} times");
-    Ok(())
-}
-
-/// Memory that is there to be taken away: what is pinned is moved out of it first. So the request is granted with the
-/// guest running; the twin, which nobody pins, is in the block until then.
-fn of_a_movable_block() -> Result {
-    numa::need_nodes()?;
-    let mut found = None;
-    for number in (0..128).rev() {
-        let is_there = fs::exists(format!(
-            "/sys/devices/system/node/node{NODE}/memory{number}"
-        ))?;
-        if is_there && unmovable(number)? == 0 {
-            let block = Block(number);
-            if block.ask("offline", TRIES)?.is_ok() {
-                found = Some(block);
-                break;
-            }
-        }
-    }
-    let Some(block) = found else {
-        return skip("no memory block can be taken offline");
-    };
-    fs::write(block.path(), "online_movable")?;
-    let pages = BLOCK;
-    let slot = Slot::new(Backing::Shmem, pages)?;
-    let twin = Memfd::create("kdp-twin", Backing::Shmem, pages * PAGE)?.map_all()?;
-    numa::on_node(NODE, || {
-        kdp_vmm::populate(&slot.alias)?;
-        Ok(kdp_vmm::populate(&twin)?)
-    })?;
-    let word = |page: u64| {
-        twin.as_ptr()
-            .wrapping_add((page * PAGE) as usize)
-            .cast::<u64>()
-    };
-    for page in 0..pages {
-        // SAFETY: the mapping is accessed as words only.
-        unsafe { sys::store(word(page), page + 1) };
-    }
-    ensure_eq!(
-        (
-            within(block.0, &frames(&slot.alias)?),
-            within(block.0, &frames(&twin)?)
-        ),
-        (pages as usize, pages as usize),
-        "pages in the movable block before anything is pinned: the memslot's, the twin's"
-    );
-    slot.vm.set_paging(ID, Paging::OnPresent)?;
-    let busy = Busy::start(&slot)?;
-    let pinned = frames(&slot.alias)?;
-    ensure_eq!(
-        within(block.0, &pinned),
-        0,
-        "pinned pages in the movable block"
-    );
-    ensure_eq!(
-        within(block.0, &frames(&twin)?),
-        pages as usize,
-        "the twin's pages in the movable block"
-    );
-    let asked = block.ask("offline", Duration::from_secs(60))?;
-    ensure!(
-        asked.is_ok() && block.is_offline()?,
-        "taking the movable block offline came to {asked:?}"
-    );
-    ensure_eq!(
-        within(block.0, &frames(&twin)?),
-        0,
-        "the twin's pages in a block that is offline"
-    );
-    for page in 0..pages {
-        ensure_eq!(
-            sys::load(word(page)),
-            Touched::Value(page + 1),
-            "page {page} of the twin"
-        );
-    }
     busy.goes_on(2)?;
-    ensure!(
-        frames(&slot.alias)? == pinned,
-        "pinned pages have been moved"
-    );
     busy.end().map(drop)
 }

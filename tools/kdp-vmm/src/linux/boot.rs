@@ -92,7 +92,8 @@ pub(super) fn load(ram: &Ram, kernel: &Kernel, vcpus: u8) -> Result<u64> {
     Ok(loaded.entry)
 }
 
-/// Not read into guest memory at once: some filesystems pin what they read into, and the device's mapping cannot be pinned.
+/// Not read into guest memory at once: some filesystems pin what they read into, and the device's mapping of hugetlb
+/// cannot be pinned.
 fn contents(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|e| Error::os(format!("read {}", path.display()), e))
 }

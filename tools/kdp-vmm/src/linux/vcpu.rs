@@ -187,10 +187,7 @@ impl Runner {
                 },
             },
             Reason::Poisoned => "is lost by a memory error".to_owned(),
-            Reason::NoMemory => {
-                "cannot be pinned: memory is short, or RLIMIT_MEMLOCK is reached (ulimit -l)"
-                    .to_owned()
-            }
+            Reason::NoMemory => "has no memory: on hugetlb, no free huge page".to_owned(),
             Reason::SourceError => "cannot be read from its file".to_owned(),
             other => format!("cannot be had: {other:?}"),
         };

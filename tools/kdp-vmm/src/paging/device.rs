@@ -179,7 +179,7 @@ impl Pager for DevicePager {
                 Ok(PageRange::new(base + present.first, present.count))
             }
             Some(Reason::NoMemory) => Err(Error::invalid(format!(
-                "the page at {:#x} cannot be pinned: memory is short, or RLIMIT_MEMLOCK is reached (ulimit -l)",
+                "there is no memory for the page at {:#x}: on hugetlb, no free huge page",
                 fault.gpa
             ))),
             _ => Err(Error::invalid(format!(

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a touch of native memory does: memory of a shmem memfd, which the kernel knows as its own.
+//!
+//! The areas belong to the memfd's mapping. Their pages are refcounted and in the rmap, so
+//! get_user_pages(), swap, memory errors, migration and private copies work by the kernel's rules.
+//! The state of each page decides as on hugetlb (fault.rs).
+//!
+//! A page is never returned to the kernel to be mapped, except to be copied: finish_fault() in
+//! mm/memory.c would map the whole folio, absent pages too. VM_DONTEXPAND keeps khugepaged away,
+//! which would map absent pages in the same way (VM_NO_KHUGEPAGED in include/linux/mm.h).
+//!
+//! # Locks
+//!
+//! As in fault.rs. A page's lock is taken inside `pages`, for as long as the page is mapped or
+//! filled. What has to be allocated or read from swap is brought in without `pages`; if reclaim is
+//! faster twice in a row, under it.
+
+use crate::{
+    ahead,
+    collapse,
+    fault::{
+        fail,
+        fetch,
+        mapped,
+        serve,
+        toucher,
+        unfilled,
+        unpinned, //
+    },
+    ffi::{
+        native::CachedPage,
+        rwsem::ReadGuard,
+        task::current_number,
+        vma::{
+            Fault,
+            Mapping,
+            Outcome,
+            PMD_ORDER, //
+        }, //
+    },
+    memslot::Memslot,
+    pages::Pages,
+    rules::{
+        collapse::BLOCK_PAGES,
+        touch::{
+            decide,
+            State,
+            Verdict, //
+        }, //
+    },
+    source::Filled,
+    vcpu, //
+};
+use kernel::{
+    bindings::vm_flags_t,
+    mm::virt::flags,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        ArcBorrow, //
+    }, //
+};
+
+/// Guest memory that is ordinary memory.
+pub(crate) struct NativeMapping;
+
+/// Threads whose faults must not wait, as KVM's first ask for a page, by the page that was absent: the
+/// next fault of the thread there is KVM's second.
+///
+/// For the events' readers alone. Threads that share a slot overwrite each other's: relaxed.
+pub(crate) struct Asked([Atomic<u64>; 16]);
+
+impl Asked {
+    pub(crate) fn new() -> Self {
+        Self([const { Atomic::new(0) }; 16])
+    }
+
+    fn of_current(&self, page: u64) -> (&Atomic<u64>, u64) {
+        let thread = current_number();
+        let slot = &self.0[thread % self.0.len()];
+        (slot, (thread as u64) << 40 | page)
+    }
+
+    pub(crate) fn by_current(&self, page: u64) {
+        let (slot, value) = self.of_current(page);
+        slot.store(value, Relaxed);
+    }
+
+    pub(crate) fn is_by_current(&self, page: u64) -> bool {
+        let (slot, value) = self.of_current(page);
+        slot.load(Relaxed) == value
+    }
+}
+
+impl Mapping for NativeMapping {
+    type Owner = Memslot;
+
+    // VM_HUGEPAGE: the memfd decides how large its folios are.
+    const FLAGS: vm_flags_t = flags::DONTEXPAND | flags::DONTDUMP | flags::HUGEPAGE;
+    const HUGE: bool = true;
+    const NATIVE: bool = true;
+
+    fn base(slot: &Memslot) -> u64 {
+        slot.backing.offset()
+    }
+
+    fn fault(slot: ArcBorrow<'_, Memslot>, mut fault: Fault<'_>) -> Outcome {
+        if fault.pgoff() >= slot.place.nr_pages {
+            return fail(&slot);
+        }
+        if fault.no_wait() {
+            let gfn = slot.place.base_gfn + fault.pgoff();
+            slot.asked.by_current(fault.pgoff());
+            vcpu::is_stage2_asking(slot.vm.serial(), gfn, false);
+        }
+        let mut brought = false;
+        loop {
+            match page_fault(slot, fault, &mut brought) {
+                Ok(outcome) => return outcome,
+                Err(again) => fault = again,
+            }
+        }
+    }
+
+    fn huge_fault(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>) -> Outcome {
+        slot.vain_collapses.store(0, Relaxed);
+        if !slot.backing.may_have_blocks() || fault.writes_private() {
+            return Outcome::Fallback;
+        }
+        let block = fault
+            .block()
+            .and_then(|first| slot.range(first, BLOCK_PAGES));
+        let Some(block) = block else {
+            return Outcome::Fallback;
+        };
+        let page = fault.pgoff();
+        if !slot.pages.read().all_mappable(block) {
+            return Outcome::Fallback;
+        }
+        // Nobody has written to a folio that is not up to date yet. The page's own fault tells of errors.
+        if let Err(e) = slot.backing.find(page, !fault.no_wait()) {
+            if fault.no_wait() && e != ENOENT {
+                return Outcome::Retry;
+            }
+            drop(slot.backing.get(page));
+        }
+        // For writing: a page must not be inserted into the block at the same time (fault.rs).
+        let pages = slot.pages.write();
+        if !pages.all_mappable(block) {
+            return Outcome::Fallback;
+        }
+        let Ok(cached) = slot.backing.find(page, !fault.no_wait()) else {
+            return Outcome::Fallback;
+        };
+        let outcome = fault.insert_cached_block(&cached);
+        drop(cached);
+        if outcome == Outcome::Fallback {
+            return outcome;
+        }
+        ahead::consider(slot, &pages, page);
+        drop(pages);
+        mapped(&slot, fault, page, PMD_ORDER, outcome)
+    }
+}
+
+/// A fault of one page. Gives the fault back if the page must be looked at again.
+fn page_fault<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'a>,
+    brought: &mut bool,
+) -> Result<Outcome, Fault<'a>> {
+    let page = fault.pgoff();
+    let pages = slot.pages.read();
+    let (state, word) = pages.look(page);
+    match state {
+        State::Present => {
+            let found = match slot.backing.find(page, !fault.no_wait()) {
+                Err(e) if is_elsewhere(e) && *brought => slot.backing.get(page),
+                other => other,
+            };
+            match found {
+                Ok(cached) => Ok(insert(slot, pages, fault, cached, word)),
+                Err(e) => {
+                    drop(pages);
+                    *brought = true;
+                    missing(slot, fault, page, e)
+                }
+            }
+        }
+        State::Sourced => fill(slot, pages, fault, page),
+        _ => {
+            drop(pages);
+            serve(slot, fault, page, state)
+        }
+    }
+}
+
+/// Maps a page that is present. `word` holds the present bits around it.
+fn insert(
+    slot: ArcBorrow<'_, Memslot>,
+    pages: ReadGuard<'_, Pages>,
+    fault: Fault<'_>,
+    cached: CachedPage,
+    word: u64,
+) -> Outcome {
+    let page = fault.pgoff();
+    // Another thread may have mapped the whole block since this fault fell back to a page.
+    let outcome = if fault.is_in_block() {
+        Outcome::Mapped
+    } else {
+        collapse::consider(&slot, &pages, &fault, cached.frame(), word);
+        fault.insert_cached(cached)
+    };
+    ahead::consider(slot, &pages, page);
+    drop(pages);
+    mapped(&slot, fault, page, 0, outcome)
+}
+
+/// Whether the page cache does not have the page.
+fn is_elsewhere(error: Error) -> bool {
+    error == ENOENT || error == EBUSY
+}
+
+/// A page that is present could not be had from the page cache.
+#[cold]
+fn missing<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'a>,
+    page: u64,
+    error: Error,
+) -> Result<Outcome, Fault<'a>> {
+    if !is_elsewhere(error) {
+        return Ok(match error {
+            e if e == EAGAIN => Outcome::Retry,
+            e => unpinned(slot, fault, page, e),
+        });
+    }
+    // A hole is filled at once, as shmem's own fault handler does: then this process pays for it.
+    if fault.no_wait() && error == EBUSY {
+        return Ok(Outcome::Retry);
+    }
+    match slot.backing.get(page) {
+        Ok(cached) => {
+            drop(cached);
+            Err(fault)
+        }
+        Err(e) => Ok(unpinned(slot, fault, page, e)),
+    }
+}
+
+/// Fills a page from the source, if its bytes are in memory, and maps it. Gives the fault back if
+/// the page must be looked at again.
+fn fill<'a>(
+    slot: ArcBorrow<'_, Memslot>,
+    pages: ReadGuard<'_, Pages>,
+    fault: Fault<'a>,
+    page: u64,
+) -> Result<Outcome, Fault<'a>> {
+    let Some(source) = pages.source() else {
+        return Err(fault);
+    };
+    match source.fill(&slot, &pages, page) {
+        Ok(Filled::Now(frame, word)) => {
+            slot.stats.source_reads().add(1);
+            match frame.into_cached() {
+                Some(cached) => Ok(insert(slot, pages, fault, cached, word)),
+                None => Err(fault),
+            }
+        }
+        Ok(Filled::Already) => Err(fault),
+        Ok(Filled::NotCached) => {
+            let source = source.clone();
+            drop(pages);
+            match decide(State::Sourced, toucher(&fault, false), true) {
+                Verdict::Fetch => Ok(fetch(slot, fault, &source, page)),
+                Verdict::Retry => Ok(Outcome::Retry),
+                _ => Ok(fail(&slot)),
+            }
+        }
+        Err(why) => {
+            drop(pages);
+            Ok(unfilled(slot, fault, page, why))
+        }
+    }
+}
