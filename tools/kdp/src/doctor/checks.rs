@@ -1,7 +1,6 @@
 //! What the facts mean for demand paging, and what to do about it.
 
 use super::facts::{Facts, HugePages, Limit, Open};
-use crate::units::human;
 use serde::Serialize;
 
 /// The oldest kernel that the module builds for.
@@ -51,7 +50,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
 
 type Judge = fn(&Facts) -> Finding;
 
-const ALL: [(&str, Judge); 17] = [
+const ALL: [(&str, Judge); 16] = [
     ("kernel", kernel),
     ("config-rust", config_rust),
     ("module-file", module_file),
@@ -70,7 +69,6 @@ const ALL: [(&str, Judge); 17] = [
         huge_pages(facts.huge_1g, "1G", command)
     }),
     ("shmem-huge-pages", shmem_huge_pages),
-    ("rlimit-memlock", rlimit_memlock),
     ("rlimit-nofile", rlimit_nofile),
     ("hwpoison", hwpoison),
     ("userfaultfd", userfaultfd),
@@ -380,23 +378,6 @@ fn shmem_huge_pages(facts: &Facts) -> Finding {
     }
 }
 
-fn rlimit_memlock(facts: &Facts) -> Finding {
-    match facts.memlock {
-        Some(Limit::Unlimited) => ok("unlimited"),
-        Some(Limit::Is(bytes)) if facts.has_ipc_lock => {
-            ok(format!("{}; CAP_IPC_LOCK overrides it", human(bytes)))
-        }
-        Some(Limit::Is(bytes)) => warning(
-            format!(
-                "{}: memslots of --shmem can pin no more memory",
-                human(bytes)
-            ),
-            "ulimit -l unlimited; in a systemd unit: LimitMEMLOCK=infinity",
-        ),
-        None => warning("unknown: /proc/self/limits cannot be read", "ulimit -l"),
-    }
-}
-
 fn rlimit_nofile(facts: &Facts) -> Finding {
     match facts.nofile {
         Some(Limit::Unlimited) => ok("unlimited"),
@@ -494,9 +475,7 @@ pub(super) mod tests {
             huge_2m: Some(HugePages { total: 8, free: 5 }),
             huge_1g: Some(HugePages { total: 2, free: 2 }),
             shmem_enabled: Some("within_size".to_owned()),
-            memlock: Some(Limit::Unlimited),
             nofile: Some(Limit::Is(1024)),
-            has_ipc_lock: false,
             memory_failure: Some(true),
             userfaultfd: true,
             unprivileged_userfaultfd: Some(false),
@@ -975,24 +954,6 @@ pub(super) mod tests {
 
     #[test]
     fn doctor_limits() {
-        let memlock = |facts: &mut Facts| facts.memlock = Some(Limit::Is(8 << 20));
-        expect(
-            "rlimit-memlock",
-            memlock,
-            Status::Warning,
-            "8.0 MiB: memslots of --shmem can pin no more memory",
-            "ulimit -l unlimited; in a systemd unit: LimitMEMLOCK=infinity",
-        );
-        expect(
-            "rlimit-memlock",
-            |facts| {
-                memlock(facts);
-                facts.has_ipc_lock = true;
-            },
-            Status::Ok,
-            "8.0 MiB; CAP_IPC_LOCK overrides it",
-            "",
-        );
         expect(
             "rlimit-nofile",
             |facts| facts.nofile = Some(Limit::Is(256)),
@@ -1001,13 +962,6 @@ pub(super) mod tests {
             "ulimit -n 1024; in a systemd unit: LimitNOFILE=1024",
         );
         let unknown = "unknown: /proc/self/limits cannot be read";
-        expect(
-            "rlimit-memlock",
-            |facts| facts.memlock = None,
-            Status::Warning,
-            unknown,
-            "ulimit -l",
-        );
         expect(
             "rlimit-nofile",
             |facts| facts.nofile = None,

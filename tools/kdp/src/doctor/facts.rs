@@ -12,9 +12,6 @@ use std::{
     process::Command,
 };
 
-/// The bit of CAP_IPC_LOCK in a set of capabilities.
-const CAP_IPC_LOCK: u32 = 14;
-
 /// The facts about a host that concern demand paging.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -37,9 +34,7 @@ pub struct Facts {
     pub huge_1g: Option<HugePages>,
     /// The value of shmem_enabled that is selected.
     pub shmem_enabled: Option<String>,
-    pub memlock: Option<Limit>,
     pub nofile: Option<Limit>,
-    pub has_ipc_lock: bool,
     pub memory_failure: Option<bool>,
     pub userfaultfd: bool,
     pub unprivileged_userfaultfd: Option<bool>,
@@ -142,9 +137,7 @@ impl Facts {
             shmem_enabled: host
                 .text("sys/kernel/mm/transparent_hugepage/shmem_enabled")
                 .and_then(|text| selected(&text)),
-            memlock: host.limit("Max locked memory"),
             nofile: host.limit("Max open files"),
-            has_ipc_lock: capabilities(&status) & (1 << CAP_IPC_LOCK) != 0,
             memory_failure: host
                 .text("proc/meminfo")
                 .map(|text| text.contains("HardwareCorrupted:")),
@@ -357,12 +350,4 @@ fn selected(text: &str) -> Option<String> {
 fn effective(status: &str, key: &str) -> Option<u32> {
     let ids = status.lines().find_map(|line| line.strip_prefix(key))?;
     ids.split_whitespace().nth(1)?.parse().ok()
-}
-
-fn capabilities(status: &str) -> u64 {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
-        .unwrap_or(0)
 }
