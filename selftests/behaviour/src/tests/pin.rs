@@ -30,7 +30,7 @@ tests! {
     "pin-migrate-pages-hugetlb" => || stays(Backing::Huge2M, migrate_pages),
     "native-moved-by-cpuset" => || moves(cpuset),
     "pin-cpuset-hugetlb" => || stays(Backing::Huge2M, cpuset),
-    "native-moved-by-compaction" => || moves(compaction),
+    "native-compaction-beside-a-guest" => compaction_beside_a_guest,
     "pin-compaction-hugetlb" => || stays_beside(Backing::Huge2M, Backing::Shmem, compaction),
     "native-moved-by-khugepaged" => || moves(khugepaged),
     "native-moved-by-numa-balancing" => || moves(balancing),
@@ -226,6 +226,25 @@ fn moves(ask: fn(&Scene) -> Result) -> Result {
     let rounds = scene.busy.end()?;
     println!("the guest's vCPUs have gone through the memory {rounds} times");
     Ok(())
+}
+
+/// The kernel compacts memory while a guest writes to a memslot of shmem. Whether it moves pages of it
+/// depends on what else is in memory.
+fn compaction_beside_a_guest() -> Result {
+    let scene = Scene::new(Backing::Shmem, Backing::Shmem)?;
+    for _ in 0..5 {
+        fs::write("/proc/sys/vm/compact_memory", "1")?;
+    }
+    scene.busy.goes_on(2)?;
+    let alias = &scene.slot.alias;
+    let now = numa::frames(alias.as_ptr(), alias.pages())?;
+    let moved = now
+        .iter()
+        .zip(&scene.frames)
+        .filter(|(now, then)| now != then);
+    println!("{} pages of the memslot were moved", moved.count());
+    scene.twin.end()?;
+    scene.busy.end().map(drop)
 }
 
 impl Scene {
