@@ -7,7 +7,7 @@
 //!
 //! The pins themselves are in [`Pages`], under its lock. A folio that is mapped is pinned: it is
 //! unpinned only under the lock for writing, after it was unmapped.
-//!
+
 use crate::{
     compat::ehwpoison,
     ffi::{

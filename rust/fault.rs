@@ -91,22 +91,14 @@ impl Mapping for MemoryMapping {
         if !slot.backing.may_have_blocks() {
             return Outcome::Fallback;
         }
-        let block = fault
-            .block()
-            .and_then(|first| slot.range(first, BLOCK_PAGES));
-        let Some(block) = block else {
+        let Some(block) = block_of(&slot, &fault) else {
             return Outcome::Fallback;
         };
         let page = fault.pgoff();
         // A block that cannot be mapped keeps nobody out.
         let pages = slot.pages.read();
         if block_frame(&slot, &pages, page, block).is_none() {
-            let source = pages.source().cloned();
-            drop(pages);
-            return match source {
-                Some(source) => help(slot, fault, &source, block),
-                None => Outcome::Fallback,
-            };
+            return incomplete(slot, pages, fault, block);
         }
         drop(pages);
         // For writing: a page must not be inserted into the block at the same time, and insert_pfn()
@@ -122,6 +114,27 @@ impl Mapping for MemoryMapping {
         ahead::consider(slot, &pages, page);
         drop(pages);
         mapped(&slot, fault, page, PMD_ORDER, outcome)
+    }
+}
+
+/// The block around a fault, if one entry could map it.
+pub(crate) fn block_of(slot: &Memslot, fault: &Fault<'_>) -> Option<PageRange> {
+    let first = fault.block()?;
+    slot.range(first, BLOCK_PAGES)
+}
+
+/// A block cannot be mapped by one entry now: a source may have the rest of it.
+pub(crate) fn incomplete(
+    slot: ArcBorrow<'_, Memslot>,
+    pages: ReadGuard<'_, Pages>,
+    fault: Fault<'_>,
+    block: PageRange,
+) -> Outcome {
+    let source = pages.source().cloned();
+    drop(pages);
+    match source {
+        Some(source) => help(slot, fault, &source, block),
+        None => Outcome::Fallback,
     }
 }
 
@@ -354,11 +367,7 @@ fn fill<'a>(
         Ok(Filled::NotCached) => {
             let source = source.clone();
             drop(pages);
-            return match decide(State::Sourced, toucher(&fault, false), true) {
-                Verdict::Fetch => Ok(fetch(slot, fault, &source, page)),
-                Verdict::Retry => Ok(Outcome::Retry),
-                _ => Ok(fail(&slot)),
-            };
+            return Ok(not_cached(slot, fault, &source, page));
         }
         Err(why) => {
             drop(pages);
@@ -367,6 +376,20 @@ fn fill<'a>(
     };
     drop(pages);
     Ok(mapped(&slot, fault, page, 0, outcome))
+}
+
+/// The page cache does not have a page of the source: it is read, if the fault may wait for that.
+pub(crate) fn not_cached(
+    slot: ArcBorrow<'_, Memslot>,
+    fault: Fault<'_>,
+    source: &Source,
+    page: u64,
+) -> Outcome {
+    match decide(State::Sourced, toucher(&fault, false), true) {
+        Verdict::Fetch => fetch(slot, fault, source, page),
+        Verdict::Retry => Outcome::Retry,
+        _ => fail(&slot),
+    }
 }
 
 /// A block with a source is not whole: who has come to it in order helps to fill it, and the fault is retried.
@@ -384,7 +407,7 @@ fn help(
 
 /// How a thread may be kept waiting.
 #[inline]
-pub(crate) fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
+fn toucher(fault: &Fault<'_>, exits: bool) -> Toucher {
     Toucher {
         exits,
         may_retry: fault.may_retry(),
@@ -453,7 +476,7 @@ pub(crate) fn fail(slot: &Memslot) -> Outcome {
     Outcome::Fail
 }
 
-/// A page could not be pinned.
+/// A page could not be had.
 #[cold]
 #[inline(never)]
 pub(crate) fn unpinned(
@@ -521,7 +544,7 @@ fn unlocked(
     }
 }
 
-/// There is no memory for the page, or its owner may not pin more.
+/// There is no memory for the page.
 #[cold]
 fn cannot_pin(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
     prepare_exit(slot, fault, page, KDP_EXIT_NO_MEMORY);
@@ -530,12 +553,7 @@ fn cannot_pin(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Outcome {
 
 /// Reads a page from its source, and has the fault retried.
 #[inline(never)]
-pub(crate) fn fetch(
-    slot: ArcBorrow<'_, Memslot>,
-    fault: Fault<'_>,
-    source: &Source,
-    page: u64,
-) -> Outcome {
+fn fetch(slot: ArcBorrow<'_, Memslot>, fault: Fault<'_>, source: &Source, page: u64) -> Outcome {
     // Once the lock is dropped nothing but a retry may follow: an error is for that one.
     match source.failure(page) {
         Some(e) if e == ENOMEM => return cannot_pin(&slot, &fault, page),

@@ -96,8 +96,6 @@ struct mem_cgroup *kdp_current_memcg_get(void);
 void kdp_memcg_put(struct mem_cgroup *memcg);
 struct file *kdp_native_file(struct file *memfd, bool writable,
 			     const struct file_operations *fops);
-bool kdp_vma_file_writable(const struct vm_area_struct *vma);
-bool kdp_vma_is_of_memfd(const struct vm_area_struct *vma, const struct file *memfd);
 void kdp_native_settle(struct file *memfd, pgoff_t first, pgoff_t count);
 void kdp_vma_redirect(struct vm_area_struct *vma, struct file *file, pgoff_t base);
 struct page *kdp_native_find(struct file *memfd, pgoff_t index, bool wait);
@@ -107,7 +105,6 @@ void kdp_native_dirty(struct page *page);
 vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page);
 vm_fault_t kdp_native_copy_from(struct vm_fault *vmf, struct page *page);
 vm_fault_t kdp_native_insert_block(struct vm_fault *vmf, struct page *page);
-void kdp_native_unmap(struct file *memfd, pgoff_t first, pgoff_t count);
 
 /* huge pages that are replaced: hugetlb.c */
 int kdp_take_out(struct file *memfd, pgoff_t index, unsigned long pfn);

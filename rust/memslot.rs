@@ -759,7 +759,7 @@ impl FileOps for Memslot {
     fn mmap(this: ArcBorrow<'_, Self>, mapping: NewMapping<'_, Self>) -> Result {
         if this.backing.is_native() {
             // remap_file_pages(2) comes with the file of an area. So do we, when we map a range anew.
-            let is_area = mapping.is_redirected(this.backing.memfd().file());
+            let is_area = mapping.is_redirected(this.backing.memfd());
             if is_area && this.remapper.kind().is_none() {
                 return Err(EINVAL);
             }

@@ -23,8 +23,8 @@ void kdp_memcg_put(struct mem_cgroup *memcg)
 }
 
 /*
- * A new file of the memfd's inode, with @fops, which can be written if @writable. Areas of this file are in the memfd's own i_mmap
- * tree, where the kernel's rmap finds them.
+ * A new file of the memfd's inode, with @fops, which can be written if @writable. Areas of this
+ * file are in the memfd's own i_mmap tree, where the kernel's rmap finds them.
  *
  * The inode must be the memfd's: the kernel takes a file whose f_mapping is of shmem for a file of
  * a shmem inode (shmem_swap_usage() in mm/shmem.c, memfd_file_seals_ptr() in mm/memfd.c). For the
@@ -47,18 +47,6 @@ struct file *kdp_native_file(struct file *memfd, bool writable,
 		fops_put(fops);
 	}
 	return file;
-}
-
-/* Whether a new area is of a file that can be written. */
-bool kdp_vma_file_writable(const struct vm_area_struct *vma)
-{
-	return vma->vm_file->f_mode & FMODE_WRITE;
-}
-
-/* Whether an area is one of kdp_native_file(). */
-bool kdp_vma_is_of_memfd(const struct vm_area_struct *vma, const struct file *memfd)
-{
-	return vma->vm_file->f_mapping == memfd->f_mapping;
 }
 
 /* Makes a new area one of @file, which has the area's first page @base pages further on. */
@@ -187,11 +175,4 @@ vm_fault_t kdp_native_insert_block(struct vm_fault *vmf, struct page *page)
 	    !pmd_none(pmdp_get_lockless(vmf->pmd)))
 		return VM_FAULT_FALLBACK;
 	return vmf_insert_folio_pmd(vmf, folio, false);
-}
-
-/* Unmaps pages of the memfd from everybody. Private copies stay. */
-void kdp_native_unmap(struct file *memfd, pgoff_t first, pgoff_t count)
-{
-	unmap_mapping_range(memfd->f_mapping, (loff_t)first << PAGE_SHIFT,
-			    (loff_t)count << PAGE_SHIFT, 0);
 }

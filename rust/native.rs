@@ -20,11 +20,12 @@ use crate::{
     ahead,
     collapse,
     fault::{
+        block_of,
         fail,
-        fetch,
+        incomplete,
         mapped,
+        not_cached,
         serve,
-        toucher,
         unfilled,
         unpinned, //
     },
@@ -41,14 +42,7 @@ use crate::{
     },
     memslot::Memslot,
     pages::Pages,
-    rules::{
-        collapse::BLOCK_PAGES,
-        touch::{
-            decide,
-            State,
-            Verdict, //
-        }, //
-    },
+    rules::touch::State,
     source::Filled,
     vcpu, //
 };
@@ -68,8 +62,8 @@ use kernel::{
 /// Guest memory that is ordinary memory.
 pub(crate) struct NativeMapping;
 
-/// Threads whose faults must not wait, as KVM's first ask for a page, by the page that was absent: the
-/// next fault of the thread there is KVM's second.
+/// Threads whose faults must not wait, as KVM's first ask for a page, by the page: the next fault of
+/// the thread there is KVM's second.
 ///
 /// For the events' readers alone. Threads that share a slot overwrite each other's: relaxed.
 pub(crate) struct Asked([Atomic<u64>; 16]);
@@ -131,17 +125,17 @@ impl Mapping for NativeMapping {
         if !slot.backing.may_have_blocks() || fault.writes_private() {
             return Outcome::Fallback;
         }
-        let block = fault
-            .block()
-            .and_then(|first| slot.range(first, BLOCK_PAGES));
-        let Some(block) = block else {
+        let Some(block) = block_of(&slot, &fault) else {
             return Outcome::Fallback;
         };
         let page = fault.pgoff();
-        if !slot.pages.read().all_mappable(block) {
-            return Outcome::Fallback;
+        let pages = slot.pages.read();
+        if !pages.all_mappable(block) {
+            return incomplete(slot, pages, fault, block);
         }
-        // Nobody has written to a folio that is not up to date yet. The page's own fault tells of errors.
+        drop(pages);
+        // Nobody has written to a folio that is not up to date yet. The page's own fault tells of
+        // errors.
         if let Err(e) = slot.backing.find(page, !fault.no_wait()) {
             if fault.no_wait() && e != ENOENT {
                 return Outcome::Retry;
@@ -275,11 +269,7 @@ fn fill<'a>(
         Ok(Filled::NotCached) => {
             let source = source.clone();
             drop(pages);
-            match decide(State::Sourced, toucher(&fault, false), true) {
-                Verdict::Fetch => Ok(fetch(slot, fault, &source, page)),
-                Verdict::Retry => Ok(Outcome::Retry),
-                _ => Ok(fail(&slot)),
-            }
+            Ok(not_cached(slot, fault, &source, page))
         }
         Err(why) => {
             drop(pages);

@@ -469,7 +469,29 @@ impl Drop for RawFile {
     }
 }
 
-/// The inode of a memslot, which all mappings of it hang on.
+/// Unmaps `count` pages from `first` on of a file from everybody, and `copies` of private mappings.
+///
+/// # Safety
+///
+/// `mapping` is valid.
+pub(super) unsafe fn unmap(
+    mapping: *mut bindings::address_space,
+    first: u64,
+    count: u64,
+    copies: bool,
+) {
+    // SAFETY: By the caller's promise.
+    unsafe {
+        bindings::unmap_mapping_range(
+            mapping,
+            (first << PAGE_SHIFT) as i64,
+            (count << PAGE_SHIFT) as i64,
+            copies.into(),
+        )
+    };
+}
+
+/// The inode of a memslot, which mappings hang on: of the bitmap, and of memory on hugetlb.
 ///
 /// # Invariants
 ///
@@ -486,14 +508,7 @@ impl Inode {
     /// is mapped in between is the caller's to exclude. May sleep.
     pub(crate) fn unmap(&self, first: u64, count: u64) {
         // SAFETY: The inode, and thus its mapping, is valid (type invariant).
-        unsafe {
-            bindings::unmap_mapping_range(
-                (*self.0.as_ptr()).i_mapping,
-                (first << PAGE_SHIFT) as i64,
-                (count << PAGE_SHIFT) as i64,
-                1,
-            )
-        };
+        unsafe { unmap((*self.0.as_ptr()).i_mapping, first, count, true) };
     }
 }
 

@@ -6,7 +6,10 @@
 
 use super::{
     c,
-    file::RawFile,
+    file::{
+        unmap,
+        RawFile, //
+    },
     memory_failure::BadFrame, //
 };
 use core::{
@@ -82,7 +85,7 @@ impl Memfd {
     /// of it as native memory. Private copies stay. May sleep.
     pub(crate) fn unmap(&self, first: u64, count: u64) {
         // SAFETY: The file is valid.
-        unsafe { c::kdp_native_unmap(self.file.as_ptr(), first as usize, count as usize) };
+        unsafe { unmap((*self.file.as_ptr()).f_mapping, first, count, false) };
     }
 
     /// Waits until pages that were just unmapped are not copied to private ones any more. May sleep.

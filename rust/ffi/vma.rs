@@ -9,6 +9,7 @@ use super::{
     file::RawFile,
     memfd::{
         Frames,
+        Memfd,
         Pfn, //
     }, //
 };
@@ -119,7 +120,8 @@ impl Fault<'_> {
 
     /// The area is MAP_SHARED.
     pub(super) fn is_shared(&self) -> bool {
-        self.vma().flags() & c::KDP_VM_MAYSHARE != 0
+        // SAFETY: The area is valid.
+        unsafe { c::kdp_vma_is_shared(self.info().vma) }
     }
 
     /// The page is to be copied to a private one.
@@ -477,13 +479,13 @@ impl<'a, F: Send + Sync + 'static> NewMapping<'a, F> {
     /// Whether its file is open for writing.
     pub(crate) fn is_of_writable_file(&self) -> bool {
         // SAFETY: The area is valid, and has a file.
-        unsafe { c::kdp_vma_file_writable(self.vma.as_ptr()) }
+        unsafe { c::kdp_file_writable((*self.vma.as_ptr()).vm_file) }
     }
 
     /// Whether its file is one that [`Self::redirect`] gave to an area.
-    pub(crate) fn is_redirected(&self, memfd: &RawFile) -> bool {
-        // SAFETY: The area is valid, and has a file; so has the memfd.
-        unsafe { c::kdp_vma_is_of_memfd(self.vma.as_ptr(), memfd.as_ptr()) }
+    pub(crate) fn is_redirected(&self, memfd: &Memfd) -> bool {
+        // SAFETY: The area is valid, and has a file.
+        unsafe { c::kdp_file_identity((*self.vma.as_ptr()).vm_file) == memfd.identity() }
     }
 
     /// Makes it a mapping of `file`, which begins with the page of number `base` of that file.

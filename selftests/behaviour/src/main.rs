@@ -20,6 +20,7 @@ mod harness;
 mod kernel_log;
 mod link;
 mod linux;
+mod loop_device;
 mod numa;
 mod shared;
 mod slot;

@@ -17,6 +17,7 @@ use crate::check::{skip, Result};
 use crate::content;
 use crate::guest;
 use crate::handler::Handler;
+use crate::loop_device::LoopDevice;
 use crate::numa::{self, Setting};
 use crate::slot::{words_at, Slot, BLOCK, GPA, ID, PAGE};
 use crate::sys::{self, Child, Ended, Touched};
@@ -170,8 +171,7 @@ fn process_vm_readv_waits() -> Result {
     Ok(())
 }
 
-/// /proc/PID/mem has the bytes of present pages. The kernel holds the mmap lock there, and gives it up
-/// for nobody: of an absent page there is an error, and no zeros.
+/// /proc/PID/mem has the bytes of present pages. The kernel holds the mmap lock there, and keeps it: of an absent page there is an error, and no zeros.
 fn proc_mem() -> Result {
     let slot = native(PAGES)?;
     slot.place(3, 1)?;
@@ -198,7 +198,7 @@ fn proc_mem() -> Result {
 
 /// A block device, which the kernel accesses by direct I/O.
 struct Disk {
-    device: String,
+    device: LoopDevice,
     image: String,
 }
 
@@ -206,11 +206,7 @@ impl Disk {
     fn new(bytes: u64) -> Result<Self> {
         let image = format!("/dev/shm/kdp-disk-{}", std::process::id());
         File::create(&image)?.set_len(bytes)?;
-        let output = Command::new("losetup")
-            .args(["--find", "--show", &image])
-            .output()?;
-        ensure!(output.status.success(), "losetup: {output:?}");
-        let device = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        let device = LoopDevice::of(&image)?;
         Ok(Self { device, image })
     }
 
@@ -219,14 +215,13 @@ impl Disk {
             .read(true)
             .write(true)
             .custom_flags(libc::O_DIRECT)
-            .open(&self.device)?)
+            .open(&self.device.path)?)
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // A device that is left costs the next test nothing.
-        let _ = Command::new("losetup").args(["-d", &self.device]).status();
+        // A file that is left costs the next test nothing.
         let _ = fs::remove_file(&self.image);
     }
 }
@@ -328,8 +323,8 @@ impl Drop for Private {
     }
 }
 
-/// A private page is written alone, and stays when the memslot's page becomes absent; a clean one is the
-/// memslot's.
+/// A private page is written alone, and stays when the memslot's page becomes absent. A clean one is
+/// the memslot's.
 fn private_copies_stay() -> Result {
     let slot = native(PAGES)?;
     let private = Private::of(&slot)?;
@@ -426,7 +421,7 @@ fn swapped_pages_come_back() -> Result {
     const BYTES: u64 = 8 << 20;
     let slot = native(4 * BLOCK)?;
     let disk = Disk::new(2 * BYTES)?;
-    for command in [["mkswap", &disk.device], ["swapon", &disk.device]] {
+    for command in [["mkswap", &disk.device.path], ["swapon", &disk.device.path]] {
         let output = Command::new(command[0]).arg(command[1]).output()?;
         ensure!(output.status.success(), "{command:?}: {output:?}");
     }
@@ -450,7 +445,7 @@ fn swapped_pages_come_back() -> Result {
         Ok(())
     };
     let result = swapped();
-    Command::new("swapoff").arg(&disk.device).status()?;
+    Command::new("swapoff").arg(&disk.device.path).status()?;
     result
 }
 
@@ -666,8 +661,7 @@ fn vcpu_waits_until_a_signal() -> Result {
     Ok(())
 }
 
-/// A VMM whose Linux guest waits for a page that never comes is killed, and ends. While it waits, KVM may
-/// have a kworker ask for the page, which nobody can kill.
+/// A VMM whose guest waits for a page that never comes is killed, and ends.
 fn vcpu_waits_and_is_killed() -> Result {
     let slot = native(PAGES)?;
     let mut child = Child::fork(|| {
@@ -682,8 +676,8 @@ fn vcpu_waits_and_is_killed() -> Result {
     Ok(())
 }
 
-/// A mapping of a file that is open for reading only cannot be made writable, also after its block was
-/// mapped anew.
+/// A mapping of a file that is open for reading only cannot be made writable, also after its block
+/// was mapped anew.
 fn read_only_stays_so() -> Result {
     const NAME: &str = "native-read-only";
     let folios = Folios::set("always")?;

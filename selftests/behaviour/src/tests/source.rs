@@ -17,6 +17,7 @@ use crate::check::{skip, Result};
 use crate::content;
 use crate::guest;
 use crate::harness::rounds;
+use crate::loop_device::LoopDevice;
 use crate::slot::{Slot, BACKINGS, BLOCK, GPA, ID, PAGE};
 use crate::slow_fs::SlowFs;
 use crate::sys::{self, Child, Ended, Touched};
@@ -200,14 +201,11 @@ fn block_device() -> Result {
         let disk = File::create(&path)?;
         write(&disk, 8, pages, 1)?;
         // The size of a disk is in 512 bytes.
-        let device = run(Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(&path))?;
-        let _undo = Undo(vec!["losetup".into(), "-d".into(), device.clone()]);
+        let device = LoopDevice::of(&path)?;
         fs::remove_file(&path)?;
         let slot = Slot::new(backing, pages)?;
         slot.vm
-            .set_source(ID, File::open(&device)?, 8 * PAGE, None)?;
+            .set_source(ID, File::open(&device.path)?, 8 * PAGE, None)?;
         for page in (0..pages).step_by(2).chain((1..pages).step_by(2)) {
             slot.check(page, 1)?;
         }
@@ -268,11 +266,8 @@ fn hangs_and_is_killed() -> Result {
 
         let bytes = (0..pages).flat_map(|page| content::bytes(page, 1));
         let slow = SlowFs::mount(bytes.collect())?;
-        let device = run(Command::new("losetup")
-            .args(["--read-only", "--find", "--show"])
-            .arg(slow.file()))?;
-        let _undo = Undo(vec!["losetup".into(), "-d".into(), device.clone()]);
-        slot.vm.set_source(ID, File::open(&device)?, 0, None)?;
+        let device = LoopDevice::read_only(slow.file())?;
+        slot.vm.set_source(ID, File::open(&device.path)?, 0, None)?;
         slot.check(0, 1)?;
         slot.place(1, 2)?;
 
@@ -728,11 +723,8 @@ fn in_order_waits_for_no_neighbour() -> Result {
     let slot = Slot::new(Backing::Huge2M, pages)?;
     let bytes = (0..pages).flat_map(|page| content::bytes(page, 1));
     let slow = SlowFs::mount(bytes.collect())?;
-    let device = run(Command::new("losetup")
-        .args(["--read-only", "--find", "--show"])
-        .arg(slow.file()))?;
-    let _undo = Undo(vec!["losetup".into(), "-d".into(), device.clone()]);
-    let disk = File::open(&device)?;
+    let device = LoopDevice::read_only(slow.file())?;
+    let disk = File::open(&device.path)?;
     // SAFETY: it takes no memory of ours.
     let advised = unsafe { libc::posix_fadvise(disk.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
     ensure_eq!(advised, 0, "posix_fadvise(2)");
