@@ -75,8 +75,16 @@ long long now_ms(void)
 static void *toucher_main(void *arg)
 {
 	struct toucher *t = arg;
+	sigset_t set;
 	int fds[2];
 
+	/*
+	 * glibc blocks all signals in a thread that forks. A child that dies at once then signals
+	 * another thread (complete_signal() in kernel/signal.c): this one, whose wait would end.
+	 */
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	t->tid = gettid();
 	switch (t->kind) {
 	case TOUCH_READ:
