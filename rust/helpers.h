@@ -106,6 +106,16 @@ vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page);
 vm_fault_t kdp_native_copy_from(struct vm_fault *vmf, struct page *page);
 vm_fault_t kdp_native_insert_block(struct vm_fault *vmf, struct page *page);
 
+/* files of shmem with folios of 2 MiB, and memory policies: shmem.c */
+struct mempolicy;
+int kdp_shmem_init(void);
+void kdp_shmem_exit(void);
+bool kdp_shmem_has_huge(void);
+struct file *kdp_shmem_huge_file(loff_t size);
+int kdp_shmem_set_policy(struct vm_area_struct *vma, struct mempolicy *policy);
+struct mempolicy *kdp_shmem_get_policy(struct vm_area_struct *vma, unsigned long addr,
+				       pgoff_t *interleave);
+
 /* huge pages that are replaced: hugetlb.c */
 int kdp_take_out(struct file *memfd, pgoff_t index, unsigned long pfn);
 int kdp_check_bad(struct file *memfd, pgoff_t index, unsigned long pfn, int pins);

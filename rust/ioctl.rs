@@ -14,6 +14,7 @@ use crate::{
         file::RawFile,
         memfd::Memfd,
         memory_failure,
+        shmem,
         source_file::SourceFile,
         task::is_being_killed,
         tracepoint,
@@ -88,6 +89,7 @@ pub(crate) fn dispatch(vm: ArcBorrow<'_, Vm>, cmd: u32, arg: UserPtr) -> Result<
         KDP_CMD_REPLACE => with_answer(arg, |a| replace_huge(vm, a)),
         KDP_CMD_PLACE => with_answer(arg, |a| place(vm, a)),
         KDP_CMD_CLAIMANT => with_fds(arg, |a| claimant(vm, a), |_| Ok(())),
+        KDP_CMD_MEMFD => with_fds(arg, memfd, |_| Ok(())),
         _ => Err(ENOTTY),
     }
 }
@@ -166,6 +168,9 @@ fn info(arg: &mut kdp_info) -> Result {
     );
     if tracepoint::available() {
         features |= u64::from(KDP_FEATURE_EXITS);
+    }
+    if shmem::has_huge() {
+        features |= u64::from(KDP_FEATURE_MEMFD);
     }
     if memory_failure::available() {
         features |= u64::from(KDP_FEATURE_MEMORY_FAILURE);
@@ -503,6 +508,16 @@ fn place(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_place) -> Result {
 fn claimant(vm: ArcBorrow<'_, Vm>, arg: &mut kdp_claimant) -> Result<Fds> {
     check_unknown(arg.flags, 0, 0)?;
     let (fd, file) = reserve(Claimant::file(vm.slot(arg.slot_id)?)?)?;
+    arg.fd = fd.reserved_fd() as i32;
+    Ok([Some((fd, file)), None])
+}
+
+fn memfd(arg: &mut kdp_memfd) -> Result<Fds> {
+    check_unknown(arg.flags, 0, arg.__reserved)?;
+    if arg.length == 0 {
+        return Err(EINVAL);
+    }
+    let (fd, file) = reserve(shmem::huge_file(arg.length)?)?;
     arg.fd = fd.reserved_fd() as i32;
     Ok([Some((fd, file)), None])
 }

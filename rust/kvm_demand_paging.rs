@@ -80,6 +80,7 @@ struct KvmDemandPaging {
     #[pin]
     kvm: ffi::tracepoint::Watch,
     memory: ffi::memory_failure::Watch<memory_error::Memslots>,
+    shmem: ffi::shmem::Shmem,
     work: ffi::work::WorkQueue,
 }
 
@@ -102,6 +103,8 @@ impl InPlaceModule for KvmDemandPaging {
             kvm <- kvm,
             work: ffi::work::WorkQueue::new()?,
             memory: ffi::memory_failure::Watch::new()?,
+            // SAFETY: As above. The device is registered after this.
+            shmem: unsafe { ffi::shmem::Shmem::new()? },
             device <- device::Control::node(),
         })
     }

@@ -378,6 +378,16 @@ impl RawFile {
         NonNull::new(file).map(Self).ok_or(EBADF)
     }
 
+    /// Takes over a new file.
+    ///
+    /// # Safety
+    ///
+    /// `file` is a valid file with a reference that is the caller's, or an error.
+    pub(super) unsafe fn of_new(file: *mut bindings::file) -> Result<Self> {
+        // INVARIANT: By the caller's promise.
+        NonNull::new(from_err_ptr(file)?).map(Self).ok_or(ENOMEM)
+    }
+
     /// Another reference on a file.
     ///
     /// # Safety
@@ -395,10 +405,9 @@ impl RawFile {
     pub(crate) fn with_inode<F: FileOps>(
         make: impl FnOnce(Inode) -> Result<Arc<F>>,
     ) -> Result<Self> {
-        // SAFETY: The table is static.
-        let file = from_err_ptr(unsafe { c::kdp_memslot_file(&Fops::<F, ()>::TABLE) })?;
-        // INVARIANT: The file comes with a reference.
-        let this = Self(NonNull::new(file).ok_or(ENOMEM)?);
+        // SAFETY: The table is static. The file is new.
+        let this = unsafe { Self::of_new(c::kdp_memslot_file(&Fops::<F, ()>::TABLE))? };
+        let file = this.as_ptr();
         // SAFETY: The file is valid; a reference on its inode is taken.
         let inode = unsafe { c::kdp_file_inode_get(file) };
         // INVARIANT: The reference was just taken.
@@ -410,12 +419,10 @@ impl RawFile {
 
     /// A new file whose private data is what `make` makes.
     pub(crate) fn with_data<F: FileOps>(make: impl FnOnce() -> Result<Arc<F>>) -> Result<Self> {
-        // SAFETY: The table is static.
-        let file = from_err_ptr(unsafe { c::kdp_claimant_file(&Fops::<F, ()>::TABLE) })?;
-        // INVARIANT: The file comes with a reference.
-        let this = Self(NonNull::new(file).ok_or(ENOMEM)?);
+        // SAFETY: The table is static. The file is new.
+        let this = unsafe { Self::of_new(c::kdp_claimant_file(&Fops::<F, ()>::TABLE))? };
         // SAFETY: No descriptor names the file yet: nobody else uses it.
-        unsafe { (*file).private_data = make()?.into_foreign() };
+        unsafe { (*this.as_ptr()).private_data = make()?.into_foreign() };
         Ok(this)
     }
 
@@ -426,14 +433,11 @@ impl RawFile {
         writable: bool,
         make: impl FnOnce() -> Arc<F>,
     ) -> Result<Self> {
-        // SAFETY: The memfd is valid; the table is static.
-        let file = from_err_ptr(unsafe {
-            c::kdp_native_file(memfd.as_ptr(), writable, &Fops::<F, ()>::TABLE)
-        })?;
-        // INVARIANT: The file comes with a reference.
-        let this = Self(NonNull::new(file).ok_or(ENOMEM)?);
+        let table = &Fops::<F, ()>::TABLE;
+        // SAFETY: The memfd is valid; the table is static. The file is new.
+        let this = unsafe { Self::of_new(c::kdp_native_file(memfd.as_ptr(), writable, table))? };
         // SAFETY: The file is new: nobody else uses it.
-        unsafe { (*file).private_data = make().into_foreign() };
+        unsafe { (*this.as_ptr()).private_data = make().into_foreign() };
         Ok(this)
     }
 

@@ -18,6 +18,7 @@ pub(crate) mod percpu;
 pub(crate) mod remap;
 pub(crate) mod rwsem;
 pub(crate) mod shared_page;
+pub(crate) mod shmem;
 pub(crate) mod source_file;
 pub(crate) mod task;
 pub(crate) mod trace;

@@ -78,6 +78,7 @@ arguments! {
     kdp_place: 64;
     kdp_claimant: 16;
     kdp_claim: 48;
+    kdp_memfd: 24;
 }
 
 const _: () = assert!(size_of::<kdp_event>() == 48 && size_of::<kdp_range>() == 16);

@@ -378,6 +378,18 @@ impl<M: Mapping> Ops<M> {
         } else {
             None
         },
+        #[cfg(CONFIG_NUMA)]
+        set_policy: if M::NATIVE {
+            Some(c::kdp_shmem_set_policy)
+        } else {
+            None
+        },
+        #[cfg(CONFIG_NUMA)]
+        get_policy: if M::NATIVE {
+            Some(c::kdp_shmem_get_policy)
+        } else {
+            None
+        },
         ..pin_init::zeroed()
     };
 

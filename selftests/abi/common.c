@@ -27,6 +27,7 @@ union arg {
 	struct kdp_place place;
 	struct kdp_claimant claimant;
 	struct kdp_claim claim;
+	struct kdp_memfd memfd;
 	unsigned char bytes[2 * PAGE];
 };
 
@@ -56,6 +57,7 @@ static const struct call {
 	{ "KDP_CLAIMANT", KDP_CLAIMANT, sizeof(struct kdp_claimant), 0, true, false },
 	{ "KDP_CLAIM", KDP_CLAIM, sizeof(struct kdp_claim), 0, true, true },
 	{ "KDP_COMMIT", KDP_COMMIT, sizeof(struct kdp_claim), KDP_COMMIT_ABANDON, true, true },
+	{ "KDP_MEMFD", KDP_MEMFD, sizeof(struct kdp_memfd), 0, true, false },
 };
 
 #define for_each_call(c) \
@@ -70,6 +72,7 @@ FIXTURE(abi) {
 	int claimant;
 	__u32 next_id;
 	bool has_exits;
+	bool has_memfd;
 	struct kdp_range range;
 	struct kdp_poisoned poisoned;
 	unsigned char data[PAGE];
@@ -102,6 +105,7 @@ FIXTURE_SETUP(abi)
 	ASSERT_EQ(0, mprotect(self->wall, PAGE, PROT_NONE));
 	ASSERT_EQ(0, kdp_info(self->vm, &info));
 	self->has_exits = info.features & KDP_FEATURE_EXITS;
+	self->has_memfd = info.features & KDP_FEATURE_MEMFD;
 	slot_new(_metadata, self->vm, SLOT, PAGES, KDP_MEMSLOT_PAGING);
 	self->claimant = claimant_open(_metadata, self->vm);
 	self->huge_memfd = memfd_sealed(MFD_HUGETLB | MFD_HUGE_2MB, 512, F_SEAL_SHRINK);
@@ -193,14 +197,21 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 	case KDP_COMMIT:
 		a->claim.count = 1;
 		break;
+	case KDP_MEMFD:
+		a->memfd.length = PAGE;
+		break;
 	}
 }
 
 /* What a call comes to in which nothing is wrong: there is no memory error to replace a page for. */
 #define ends(c) ((c)->cmd == KDP_REPLACE ? ENXIO : 0)
 
-/* Without KVM, KDP_VCPU_EXITS has no good argument; without hugetlb, KDP_REPLACE has none. */
+/*
+ * Without KVM, KDP_VCPU_EXITS has no good argument; without hugetlb, KDP_REPLACE has none; without
+ * transparent huge pages, KDP_MEMFD has none.
+ */
 #define skip_call(c) (((c)->cmd == KDP_VCPU_EXITS && !self->has_exits) ||	\
+		      ((c)->cmd == KDP_MEMFD && !self->has_memfd) ||		\
 		      ((c)->cmd == KDP_REPLACE && self->huge_memfd < 0))
 
 TEST_F(abi, size_exact)

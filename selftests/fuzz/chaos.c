@@ -30,6 +30,7 @@ static const int *own_errs(unsigned long cmd)
 	static const int source[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, 0 };
 	static const int replace[] = { ENOENT, ENXIO, EINTR, EBADF, EACCES, EPERM, EBUSY, 0 };
 	static const int claimant[] = { ENOENT, ENOSPC, EMFILE, ENFILE, 0 };
+	static const int memfd[] = { EMFILE, ENFILE, 0 };
 	static const int none[] = { 0 };
 
 	switch (cmd) {
@@ -44,6 +45,8 @@ static const int *own_errs(unsigned long cmd)
 		return mark;
 	case KDP_CLAIMANT:
 		return claimant;
+	case KDP_MEMFD:
+		return memfd;
 	case KDP_PAGING:
 	case KDP_COLLAPSE:
 	case KDP_POISON:

@@ -129,6 +129,8 @@ struct kdp_info {
 #define KDP_FEATURE_REPLACE	(1ULL << 8)
 /* KDP_CLAIMANT, KDP_CLAIM, KDP_COMMIT. */
 #define KDP_FEATURE_CLAIM	(1ULL << 10)
+/* KDP_MEMFD: the kernel has transparent huge pages. */
+#define KDP_FEATURE_MEMFD	(1ULL << 11)
 
 /**
  * struct kdp_memslot_create - ioctl(KDP_MEMSLOT_CREATE)
@@ -838,6 +840,36 @@ struct kdp_claim {
 #define KDP_CLAIM_VOID		4	/* KDP_COMMIT: the caller has no claim on it, or no
 					 * longer: what it has written there does not count
 					 */
+
+/**
+ * struct kdp_memfd - ioctl(KDP_MEMFD)
+ * @size: sizeof(struct kdp_memfd)
+ * @flags: must be 0
+ * @length: of the file, in bytes
+ * @fd: out: the file's descriptor, opened with O_CLOEXEC
+ * @__reserved: must be 0
+ *
+ * Create a file of shared memory, as memfd_create(2) does, in folios of 2 MiB where the
+ * kernel can allocate them. The settings in /sys/kernel/mm/transparent_hugepage do not
+ * matter, but for shmem_enabled = "deny". The file has the seals F_SEAL_SHRINK and
+ * F_SEAL_EXEC; fcntl(2) adds others. It does not depend on the VM. No memory is
+ * allocated before the first access. Each access to a hole allocates, clears and charges
+ * 2 MiB at once, also behind @length if that is not a multiple of 2 MiB.
+ *
+ * Errors beside the common ones:
+ *
+ *  - EINVAL: the length is 0, or larger than a file may be.
+ *  - EOPNOTSUPP: the kernel has no transparent huge pages (KDP_FEATURE_MEMFD).
+ *  - EMFILE: no file descriptor is left. ENFILE: the system has no open file left.
+ */
+struct kdp_memfd {
+	__u32 size;
+	__u32 flags;
+	__u64 length;
+	__s32 fd;
+	__u32 __reserved;
+};
+#define KDP_MEMFD	_IO(KDP_IOC_TYPE, 0x90)
 
 /*
  * Why KVM_RUN returned, in kvm_run.memory_fault.flags: one of these, and

@@ -56,6 +56,42 @@ pub fn on_node<T>(node: u32, f: impl FnOnce() -> Result<T>) -> Result<T> {
     done
 }
 
+/// mbind(2): pages of a mapping that are allocated from now on come from one node.
+pub fn bind(at: *const u64, bytes: u64, node: u32) -> io::Result<()> {
+    let mask: c_ulong = 1 << node;
+    // SAFETY: the mask is one word, of which 63 bits are said to be nodes; no memory is accessed.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            at,
+            bytes,
+            MPOL_BIND,
+            &raw const mask,
+            64_u64,
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// get_mempolicy(2): the only node that pages at an address come from, if its policy says so.
+pub fn bound(at: *const u64) -> io::Result<Option<u32>> {
+    const MPOL_F_ADDR: c_ulong = 2;
+    let (mut mode, mut mask): (c_int, c_ulong) = (0, 0);
+    // SAFETY: `mode` and `mask` are places for the answers; 64 bits are said to be nodes.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_get_mempolicy,
+            &raw mut mode,
+            &raw mut mask,
+            64_u64,
+            at,
+            MPOL_F_ADDR,
+        )
+    })?;
+    Ok((mode == MPOL_BIND && mask.count_ones() == 1).then(|| mask.trailing_zeros()))
+}
+
 /// move_pages(2): asks for pages of this process to be moved. What the kernel says of each page, and how many it could
 /// not move.
 fn call_move_pages(addresses: &[u64], node: u32) -> Result<(Vec<c_int>, u64)> {

@@ -70,8 +70,16 @@ impl Slot {
             Backing::Huge2M => need_huge_pages(pages.div_ceil(BLOCK))?,
             Backing::Huge1G => need_gigantic_pages(pages.div_ceil(GIGANTIC))?,
         }
-        let vm = Vm::open()?;
         let memfd = Memfd::create("kdp-behaviour", backing, pages * PAGE)?;
+        Self::of(Vm::open()?, memfd, describe)
+    }
+
+    /// A memslot of all of a memfd.
+    pub fn of(
+        vm: Vm,
+        memfd: Memfd,
+        describe: impl FnOnce(MemslotBuilder<'_>) -> MemslotBuilder<'_>,
+    ) -> Result<Arc<Self>> {
         let memslot = describe(vm.create_memslot(ID, &memfd).base_gfn(GPA / PAGE)).create()?;
         let guest = Arc::new(memslot.map()?);
         let alias = memfd.map_all()?;

@@ -23,7 +23,7 @@ use crate::linux::{self, snapshot, Console, MEMORY};
 use crate::task::until;
 
 const VMM: &str = "build/bin/kdp-vmm";
-const KDP: &str = "build/bin/kdp";
+pub const KDP: &str = "build/bin/kdp";
 
 /// How long a migration may take.
 fn patience() -> Duration {

@@ -75,7 +75,7 @@ pub struct ServeArgs {
 /// --until-pid has ended. Pages that are absent then are lost to their guest, unless a keeper keeps the VM.
 #[derive(Args)]
 #[command(group = ArgGroup::new("subject").required(true).args(["listen_fd", "fd", "create", "from_keeper"]))]
-#[command(group = ArgGroup::new("backing").args(["hugetlb", "shmem"]))]
+#[command(group = ArgGroup::new("backing").args(["hugetlb", "shmem", "shmem_huge"]))]
 pub struct HandleArgs {
     /// Wait at this socket until the VMM hands its VM over
     #[arg(long, value_name = "unix:PATH", value_parser = units::unix)]
@@ -99,6 +99,9 @@ pub struct HandleArgs {
     /// Make the memslot of shmem
     #[arg(long, requires = "create")]
     pub shmem: bool,
+    /// Make the memslot of shmem, in folios of 2 MiB where the kernel can allocate them
+    #[arg(long, requires = "create")]
+    pub shmem_huge: bool,
     /// Where in the source the memslot begins that is made, in bytes
     #[arg(long, value_name = "BYTES", value_parser = units::bytes, default_value = "0", requires = "create")]
     pub offset: u64,
@@ -143,7 +146,7 @@ pub struct HandleArgs {
 /// there until SIGTERM or SIGINT. What the VMM has opened goes on without this command. The file must not change
 /// as long as the VMM runs.
 #[derive(Args)]
-#[command(group = ArgGroup::new("backing").required(true).args(["hugetlb", "shmem"]))]
+#[command(group = ArgGroup::new("backing").required(true).args(["hugetlb", "shmem", "shmem_huge"]))]
 pub struct RestoreArgs {
     /// The memslot's name
     #[arg(long, value_name = "NAME")]
@@ -154,6 +157,9 @@ pub struct RestoreArgs {
     /// Make the memslot of shmem
     #[arg(long)]
     pub shmem: bool,
+    /// Make the memslot of shmem, in folios of 2 MiB where the kernel can allocate them
+    #[arg(long)]
+    pub shmem_huge: bool,
     /// The size of the memslot, in bytes (K, M, G); without it, that of the file from its offset on
     #[arg(long, value_name = "BYTES", value_parser = units::bytes)]
     pub size: Option<u64>,
@@ -386,7 +392,9 @@ mod tests {
         assert!(parse("kdp restore --create ram --hugetlb 2M ram.img@4096").is_ok());
         assert!(parse("kdp restore --create ram --shmem --size 64M ram.img").is_ok());
         assert!(parse("kdp restore --create ram ram.img").is_err());
+        assert!(parse("kdp restore --create ram --shmem-huge ram.img").is_ok());
         assert!(parse("kdp restore --create ram --shmem --hugetlb 2M ram.img").is_err());
+        assert!(parse("kdp restore --create ram --shmem --shmem-huge ram.img").is_err());
         assert!(parse("kdp restore --shmem ram.img").is_err());
     }
 

@@ -1,24 +1,39 @@
-//! What the module tells about its files in /proc/PID/fdinfo.
+//! What the module tells about its files in /proc/PID/fdinfo, and the kernel about mappings of memslots in
+//! /proc/PID/smaps.
 
 use crate::failure::{Context, Failure};
 use std::{fs, io, path::Path};
 
 const PREFIX: &str = "kdp-";
 
+/// The file of a mapping of a memslot on shmem, as /proc/PID/smaps names it.
+const MAPPED: &str = "/kvm-demand-paging-memslot";
+
+/// Which sizes of a mapping are shown, in KiB: the names in the table, and the fields of smaps that are summed up.
+const SIZES: [(&str, &[&str]); 4] = [
+    ("size-kib", &["Size"]),
+    ("rss-kib", &["Rss"]),
+    ("huge-kib", &["ShmemPmdMapped", "FilePmdMapped"]),
+    ("swap-kib", &["Swap"]),
+];
+
 /// What kind of file it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Vm,
     Memslot,
+    /// A mapping of a memslot on shmem.
+    Mapping,
 }
 
-/// A file of the module that a process has open.
+/// A file of the module that a process has open, or has mapped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub kind: Kind,
     pub pid: u32,
     pub command: String,
-    pub fd: u32,
+    /// The file descriptor, or the address of the mapping, as /proc names it.
+    pub at: String,
     /// Keys, without `kdp-`, and values, in the module's order.
     pub values: Vec<(String, String)>,
 }
@@ -71,23 +86,76 @@ fn process(proc: &Path, pid: u32) -> io::Result<Vec<Entry>> {
     let dir = proc.join(pid.to_string());
     let fdinfo = dir.join("fdinfo");
     let mut entries = Vec::new();
+    let command = || {
+        let comm = fs::read_to_string(dir.join("comm")).unwrap_or_default();
+        comm.trim_end().to_owned()
+    };
     for fd in numbers(&fdinfo)? {
         // A file may be closed while we look.
         let Ok(text) = fs::read_to_string(fdinfo.join(fd.to_string())) else {
             continue;
         };
         if let Some((kind, values)) = parse(&text) {
-            let command = fs::read_to_string(dir.join("comm")).unwrap_or_default();
             entries.push(Entry {
                 kind,
                 pid,
-                command: command.trim_end().to_owned(),
-                fd,
+                command: command(),
+                at: fd.to_string(),
                 values,
             });
         }
     }
+    // The kernel walks all page tables for smaps, but not for maps.
+    let maps = fs::read_to_string(dir.join("maps")).unwrap_or_default();
+    if maps.contains(MAPPED) {
+        // The process may end while we look.
+        let smaps = fs::read_to_string(dir.join("smaps")).unwrap_or_default();
+        entries.extend(mappings(&smaps).into_iter().map(|(at, values)| Entry {
+            kind: Kind::Mapping,
+            pid,
+            command: command(),
+            at,
+            values,
+        }));
+    }
     Ok(entries)
+}
+
+/// The mappings of memslots in the text of smaps: their addresses, and their sizes.
+fn mappings(smaps: &str) -> Vec<(String, Vec<(String, String)>)> {
+    let mut found: Vec<(String, [u64; SIZES.len()])> = Vec::new();
+    let mut is_memslot = false;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(first), Some(second)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let Some(field) = first.strip_suffix(':') else {
+            // The heading: addresses, flags, offset, device, inode, path.
+            is_memslot = line.contains(MAPPED);
+            if is_memslot {
+                let address = first.split('-').next().unwrap_or(first);
+                found.push((format!("0x{address}"), [0; SIZES.len()]));
+            }
+            continue;
+        };
+        let (true, Some((_, sizes))) = (is_memslot, found.last_mut()) else {
+            continue;
+        };
+        for (size, (_, fields)) in sizes.iter_mut().zip(SIZES) {
+            if fields.contains(&field) {
+                *size += second.parse().unwrap_or(0);
+            }
+        }
+    }
+    let named = |sizes: [u64; SIZES.len()]| {
+        let pair = |((name, _), size): ((&str, _), u64)| (name.to_owned(), size.to_string());
+        SIZES.into_iter().zip(sizes).map(pair).collect()
+    };
+    found
+        .into_iter()
+        .map(|(at, sizes)| (at, named(sizes)))
+        .collect()
 }
 
 /// The module's lines of one fdinfo; `None` if it has none.
@@ -113,6 +181,19 @@ pub mod tests {
     const MEMSLOT: &str =
         "pos:\t0\nkdp-slot:\t0\nkdp-base-gfn:\t0x100\nkdp-name:\tram\nkdp-new-key:\ta b\n";
 
+    const SMAPS: &str = "\
+7f0000000000-7f0000400000 rw-s 00000000 00:01 12    /kvm-demand-paging-memslot (deleted)
+Size:               4096 kB
+Rss:                3072 kB
+FilePmdMapped:         0 kB
+ShmemPmdMapped:     2048 kB
+Swap:                 16 kB
+VmFlags: rd wr sh
+7f0000400000-7f0000401000 rw-p 00000000 00:00 0
+Size:                  4 kB
+Rss:                   4 kB
+";
+
     pub fn fake_proc() -> tempfile::TempDir {
         let proc = tempfile::tempdir().unwrap();
         for (pid, fd, text) in [
@@ -131,6 +212,9 @@ pub mod tests {
             .unwrap();
         }
         fs::create_dir(proc.path().join("self")).unwrap();
+        for name in ["maps", "smaps"] {
+            fs::write(proc.path().join(format!("12/{name}")), SMAPS).unwrap();
+        }
         proc
     }
 
@@ -141,14 +225,15 @@ pub mod tests {
         let places: Vec<_> = found
             .entries
             .iter()
-            .map(|entry| (entry.pid, entry.fd, entry.kind))
+            .map(|entry| (entry.pid, entry.at.as_str(), entry.kind))
             .collect();
         assert_eq!(
             places,
             [
-                (7, 3, Kind::Vm),
-                (7, 10, Kind::Memslot),
-                (12, 4, Kind::Memslot)
+                (7, "3", Kind::Vm),
+                (7, "10", Kind::Memslot),
+                (12, "4", Kind::Memslot),
+                (12, "0x7f0000000000", Kind::Mapping),
             ]
         );
         assert_eq!(found.entries[0].command, "prog-7");
@@ -156,7 +241,7 @@ pub mod tests {
             found.entries[1].values[3],
             ("new-key".to_owned(), "a b".to_owned())
         );
-        assert_eq!(scan(proc.path(), Some(12)).unwrap().entries.len(), 1);
+        assert_eq!(scan(proc.path(), Some(12)).unwrap().entries.len(), 2);
         assert!(scan(proc.path(), Some(13))
             .unwrap_err()
             .to_string()

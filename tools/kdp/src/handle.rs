@@ -3,6 +3,7 @@
 use crate::{
     cli::HandleArgs,
     failure::{Context, Failure},
+    memory,
     ready::Ready,
     signals,
     units::human,
@@ -13,7 +14,7 @@ use kvm_demand_paging::{
     keeper::{self, Until},
     receive_vm,
     source::{bind_unix, Options},
-    Backing, Memfd, Memslot, Vm, PAGE_SIZE,
+    Memslot, Vm, PAGE_SIZE,
 };
 use rustix::{
     event::{poll, PollFd, PollFlags},
@@ -146,11 +147,7 @@ fn subject(args: &HandleArgs, inherited: Option<Vm>) -> Result<Subject, Failure>
         )));
     }
     let vm = Vm::open()?;
-    let memfd = Memfd::create(
-        name,
-        args.hugetlb.map_or(Backing::Shmem, Backing::from),
-        size,
-    )?;
+    let memfd = memory::create(&vm, name, args.hugetlb, args.shmem_huge, size)?;
     let memslot = vm
         .create_memslot(0, &memfd)
         .poison_signals(true)

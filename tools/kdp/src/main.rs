@@ -6,6 +6,7 @@ mod failure;
 mod fdinfo;
 mod handle;
 mod keep;
+mod memory;
 mod migrate;
 mod poison;
 mod ready;

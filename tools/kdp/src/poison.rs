@@ -170,7 +170,7 @@ fn vm_of(args: &VmArgs) -> Result<Vm, Failure> {
     let pid = args.pid;
     let scan = scan(Path::new("/proc"), Some(pid))?;
     let vms = scan.entries.iter().filter(|entry| entry.kind == Kind::Vm);
-    let fds: Vec<u32> = vms.map(|entry| entry.fd).collect();
+    let fds: Vec<u32> = vms.filter_map(|entry| entry.at.parse().ok()).collect();
     let fd = match (args.fd, fds.as_slice()) {
         (Some(fd), fds) if fds.contains(&fd) => fd,
         (Some(fd), _) => {

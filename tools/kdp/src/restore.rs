@@ -1,7 +1,7 @@
 //! `kdp restore`.
 
-use crate::{cli::RestoreArgs, failure::Failure, ready::Ready, signals, units::human};
-use kvm_demand_paging::{source::PageFile, Backing, Memfd, Memslot, Vm, PAGE_SIZE};
+use crate::{cli::RestoreArgs, failure::Failure, memory, ready::Ready, signals, units::human};
+use kvm_demand_paging::{source::PageFile, Memslot, Vm, PAGE_SIZE};
 use std::sync::mpsc;
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -19,9 +19,8 @@ pub fn run(args: &RestoreArgs) -> Result<(), Failure> {
             human(size)
         )));
     }
-    let backing = args.hugetlb.map_or(Backing::Shmem, Backing::from);
     let vm = Vm::open()?;
-    let memfd = Memfd::create(&args.create, backing, size)?;
+    let memfd = memory::create(&vm, &args.create, args.hugetlb, args.shmem_huge, size)?;
     let _memslot = vm
         .create_memslot(0, &memfd)
         .poison_signals(true)

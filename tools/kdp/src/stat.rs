@@ -38,6 +38,7 @@ fn json(scan: &Scan) -> Value {
     json!({
         "vms": of(Kind::Vm),
         "memslots": of(Kind::Memslot),
+        "mappings": of(Kind::Mapping),
         "unreadable_processes": scan.unreadable,
     })
 }
@@ -52,12 +53,20 @@ fn entry_json(entry: &Entry) -> Value {
         .iter()
         .map(|(key, value)| (key.clone(), number(value)))
         .collect();
-    json!({ "pid": entry.pid, "command": entry.command, "fd": entry.fd, "values": values })
+    let place = match entry.kind {
+        Kind::Vm | Kind::Memslot => "fd",
+        Kind::Mapping => "address",
+    };
+    json!({ "pid": entry.pid, "command": entry.command, place: number(&entry.at), "values": values })
 }
 
 fn table(scan: &Scan) -> String {
     let mut out = String::new();
-    for (title, kind) in [("VMs", Kind::Vm), ("memslots", Kind::Memslot)] {
+    for (title, kind, place) in [
+        ("VMs", Kind::Vm, "fd"),
+        ("memslots", Kind::Memslot, "fd"),
+        ("mappings", Kind::Mapping, "address"),
+    ] {
         let entries: Vec<&Entry> = scan
             .entries
             .iter()
@@ -67,7 +76,7 @@ fn table(scan: &Scan) -> String {
             let _ = writeln!(out, "no {title}");
         } else {
             let _ = writeln!(out, "{title}");
-            rows(&entries).iter().for_each(|row| {
+            rows(&entries, place).iter().for_each(|row| {
                 let _ = writeln!(out, "  {row}");
             });
         }
@@ -83,14 +92,14 @@ fn table(scan: &Scan) -> String {
 }
 
 /// A heading and one row for each entry, in columns. A key that an entry lacks is shown as '-'.
-fn rows(entries: &[&Entry]) -> Vec<String> {
+fn rows(entries: &[&Entry], place: &str) -> Vec<String> {
     let mut keys: Vec<&str> = Vec::new();
     for (key, _) in entries.iter().flat_map(|entry| &entry.values) {
         if !keys.contains(&key.as_str()) {
             keys.push(key);
         }
     }
-    let mut cells: Vec<Vec<String>> = vec![["pid", "command", "fd"]
+    let mut cells: Vec<Vec<String>> = vec![["pid", "command", place]
         .iter()
         .chain(&keys)
         .map(|heading| heading.to_uppercase())
@@ -106,7 +115,7 @@ fn rows(entries: &[&Entry]) -> Vec<String> {
         let fixed = [
             entry.pid.to_string(),
             entry.command.clone(),
-            entry.fd.to_string(),
+            entry.at.clone(),
         ];
         cells.push(fixed.into_iter().chain(keys.iter().map(value)).collect());
     }
@@ -148,9 +157,15 @@ memslots
   PID  COMMAND  FD  SLOT  BASE-GFN  NAME  NEW-KEY
   7    prog-7   10  0     0x100     ram   a b
   12   prog-12  4   0     0x100     ram   a b
+mappings
+  PID  COMMAND  ADDRESS         SIZE-KIB  RSS-KIB  HUGE-KIB  SWAP-KIB
+  12   prog-12  0x7f0000000000  4096      3072     2048      16
 ";
         assert_eq!(text, expected);
-        assert_eq!(table(&Scan::default()), "no VMs\nno memslots\n");
+        assert_eq!(
+            table(&Scan::default()),
+            "no VMs\nno memslots\nno mappings\n"
+        );
     }
 
     #[test]
@@ -160,5 +175,7 @@ memslots
         assert_eq!(value["vms"][0]["values"]["faults"], 12);
         assert_eq!(value["memslots"][0]["values"]["base-gfn"], "0x100");
         assert_eq!(value["memslots"].as_array().unwrap().len(), 2);
+        assert_eq!(value["mappings"][0]["address"], "0x7f0000000000");
+        assert_eq!(value["mappings"][0]["values"]["huge-kib"], 2048);
     }
 }

@@ -1,8 +1,10 @@
 //! The memory itself: a memfd of shmem or hugetlb pages.
 
 use crate::{
+    abi,
     map::{huge_align, AliasMap, Mapping},
-    Error, PageRange, Result, PAGE_SIZE,
+    sys::{self, Command},
+    Error, PageRange, Result, Vm, PAGE_SIZE,
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
@@ -95,6 +97,40 @@ impl Memfd {
         };
         memfd.add_seals(SealFlags::SHRINK)?;
         Ok(memfd)
+    }
+
+    /// Create a file of shmem like a memfd, of `size` bytes, in folios of 2 MiB where the kernel can allocate them,
+    /// whatever the host's settings of transparent huge pages. It does not depend on the VM afterwards.
+    ///
+    /// No memory is allocated. An access to a hole allocates, clears and charges 2 MiB. It is sealed against shrinking.
+    ///
+    /// # Errors
+    ///
+    /// EOPNOTSUPP: the kernel has no transparent huge pages.
+    pub fn create_huge_shmem(vm: &Vm, size: u64) -> Result<Self> {
+        if size == 0 || size % PAGE_SIZE as u64 != 0 {
+            return Err(Error::Argument(format!(
+                "a memfd of {size} bytes: its size must be a multiple of {PAGE_SIZE} bytes, and not 0"
+            )));
+        }
+        let mut argument = abi::kdp_memfd {
+            length: size,
+            fd: -1,
+            ..Command::sized()
+        };
+        sys::call(vm, &mut argument).map_err(|errno| {
+            let hint = (errno == Errno::OPNOTSUPP).then(|| {
+                "this kernel has no transparent huge pages: use ordinary shmem".to_owned()
+            });
+            Error::sys("KDP_MEMFD", format!("{size} bytes"), errno).advise(hint)
+        })?;
+        let fd = sys::returned_fd(argument.fd)
+            .ok_or_else(|| Error::Peer("the module returned no fd for a memfd".to_owned()))?;
+        Ok(Self {
+            fd,
+            size,
+            page_size: PAGE_SIZE as u64,
+        })
     }
 
     /// Take over a memfd that somebody else created.

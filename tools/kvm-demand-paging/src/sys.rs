@@ -52,6 +52,7 @@ commands! {
     KDP_POISON kdp_poison
     KDP_REPLACE kdp_replace
     KDP_CLAIMANT kdp_claimant
+    KDP_MEMFD kdp_memfd
 }
 
 struct Call<'a, T>(&'a mut T);

@@ -59,6 +59,11 @@ impl Features {
         self.0 & u64::from(abi::KDP_FEATURE_CLAIM) != 0
     }
 
+    /// [`Memfd::create_huge_shmem`](crate::Memfd::create_huge_shmem) works: the kernel has transparent huge pages.
+    pub fn huge_shmem(self) -> bool {
+        self.0 & u64::from(abi::KDP_FEATURE_MEMFD) != 0
+    }
+
     /// [`Vm::replace`] works.
     pub fn replace(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_REPLACE) != 0

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use kvm_demand_paging::{Backing, PageRange, Paging, State};
+use kvm_demand_paging::{Backing, Memfd, PageRange, Paging, State, Vm};
 
 use crate::busy::Busy;
 use crate::check::Result;
@@ -13,6 +13,40 @@ use crate::slot::{need_huge_pages, Slot, BLOCK, ID, PAGE};
 
 tests! {
     "pin-move-on-request-hugetlb" => || on_request(Backing::Huge2M, 2 * BLOCK),
+    "native-mbind-decides-the-node" => mbind_decides,
+}
+
+/// mbind(2) on the mapping of a memslot that begins in the middle of its memfd: absent pages are allocated there when they are
+/// placed, by whomever.
+fn mbind_decides() -> Result {
+    const PAGES: u64 = 64;
+    const OFFSET: u64 = 16;
+    numa::need_nodes()?;
+    let memfd = Memfd::create("kdp-behaviour", Backing::Shmem, (OFFSET + PAGES) * PAGE)?;
+    let slot = Slot::of(Vm::open()?, memfd, |builder| {
+        builder.part(OFFSET * PAGE, PAGES).paging(true)
+    })?;
+    let [one, other] = numa::NODES;
+    let halves = [(0, one), (PAGES / 2, other)];
+    for (first, node) in halves {
+        numa::bind(slot.address(first), PAGES / 2 * PAGE, node)?;
+        ensure_eq!(
+            numa::bound(slot.address(first))?,
+            Some(node),
+            "the node that is bound"
+        );
+    }
+    for page in 0..PAGES {
+        slot.place(page, 1)?;
+    }
+    for (first, node) in halves {
+        let frames = numa::frames(slot.address(first).cast(), PAGES / 2)?;
+        ensure!(
+            numa::are_on(node, &frames),
+            "not all pages from page {first} on are on node {node}"
+        );
+    }
+    Ok(())
 }
 
 /// Moves a range: absent pages are not pinned, and nobody writes to them; what they hold stays in the memfd. Who touches one

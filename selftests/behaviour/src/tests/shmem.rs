@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
+use std::process::Command;
 use std::sync::Arc;
 
 use kdp_vmm::{Order, Touch};
@@ -16,6 +17,7 @@ use crate::slot::{Slot, BLOCK, GPA, ID, PAGE};
 use crate::sys::{self, Touched};
 use crate::tables::{kvm_pages, page_tables};
 use crate::task::until;
+use crate::vmm::KDP;
 
 tests! {
     "huge-shmem-off-maps-blocks" => off_maps_blocks,
@@ -26,6 +28,7 @@ tests! {
     "huge-shmem-folios-out-of-step-stay-small" => folios_out_of_step,
     "huge-shmem-hole-in-a-mapped-folio" => hole_in_a_mapped_folio,
     "huge-shmem-folio-that-was-replaced" => folio_that_was_replaced,
+    "huge-shmem-file-is-huge-whatever-the-setting" => file_is_huge,
     "collapse-shmem-random-guests-exits" => || random_guests(true),
     "collapse-shmem-random-guests-waits" => || random_guests(false),
     "collapse-shmem-process" => process,
@@ -402,5 +405,57 @@ fn small_folios_are_left_alone() -> Result {
     ensure_eq!(faults(&slot)?, before, "faults when everything is mapped");
     ensure_eq!(slot.counter("collapses")?, 0, "ranges mapped anew");
     ensure_eq!(before.1, 0, "faults of blocks");
+    Ok(())
+}
+
+/// A file of KDP_MEMFD has folios of 2 MiB where the host's settings give none to others; whole blocks are mapped by one
+/// entry, and `kdp stat` says so.
+fn file_is_huge() -> Result {
+    let _folios = Folios::set("never")?;
+    let vm = Vm::open()?;
+    if !vm.info()?.features.huge_shmem() {
+        return skip("this kernel has no transparent huge pages");
+    }
+    let memfd = Memfd::create_huge_shmem(&vm, 2 * BLOCK * PAGE)?;
+    let before = huge_pages()?;
+    let slot = Slot::of(vm, memfd, |builder| {
+        builder.base_gfn(GPA / PAGE).paging(true)
+    })?;
+    slot.place(BLOCK + 1, 1)?;
+    slot.check(BLOCK + 1, 1)?;
+    ensure_eq!(huge_pages()? - before, 1, "huge pages after one page");
+    ensure_eq!(faults(&slot)?, (1, 0), "faults of pages and of blocks");
+    for page in 0..BLOCK {
+        slot.place(page, 1)?;
+    }
+    for page in 0..BLOCK {
+        slot.check(page, 1)?;
+    }
+    ensure_eq!(huge_pages()? - before, 2, "huge pages after a block");
+    ensure_eq!(faults(&slot)?, (1, 1), "faults of pages and of blocks");
+    let output = Command::new(KDP)
+        .args(["stat", "--json", &std::process::id().to_string()])
+        .output()?;
+    let stat: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let address = format!("{:#x}", slot.address(0) as u64);
+    let Some(mappings) = stat["mappings"].as_array() else {
+        fail!("kdp stat says nothing of mappings: {stat}");
+    };
+    let Some(ours) = mappings
+        .iter()
+        .find(|mapping| mapping["address"] == *address)
+    else {
+        fail!("kdp stat says nothing of {address}: {stat}");
+    };
+    let kib = |name: &str| ours["values"][name].as_u64();
+    ensure_eq!(kib("size-kib"), Some(4096), "KiB in all");
+    ensure_eq!(kib("huge-kib"), Some(2048), "KiB in blocks");
+    ensure_eq!(kib("rss-kib"), Some(2052), "KiB mapped");
+    // A guest sees the same.
+    let machine = slot.machine()?;
+    let mut vcpu = machine.vcpu(0, &Touch::new(GPA, Order::sequential(BLOCK)).program())?;
+    let before = kvm_pages()?;
+    guest::run(&mut vcpu, guest::no_fault)?;
+    ensure_eq!(kvm_pages()?.1 - before.1, 1, "entries of 2 MiB in KVM");
     Ok(())
 }
