@@ -21,6 +21,7 @@ mod kernel_log;
 mod link;
 mod linux;
 mod loop_device;
+mod nested;
 mod numa;
 mod shared;
 mod slot;

@@ -28,6 +28,7 @@ mod linux;
 mod memory_error;
 mod migrate;
 mod native;
+mod nested;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -69,6 +70,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         pin_offline::TESTS,
         place_race::TESTS,
         native::TESTS,
+        nested::TESTS,
         hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.

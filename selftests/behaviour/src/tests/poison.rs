@@ -48,7 +48,7 @@ tests! {
     "poison-of-a-sourced-page" => of_a_sourced_page,
 }
 
-fn poison(slot: &Slot, page: u64) -> Result {
+pub(super) fn poison(slot: &Slot, page: u64) -> Result {
     let marked = slot
         .vm
         .poison(ID, &[PageRange::page(page)], Cause::Emulated)?;
@@ -56,7 +56,7 @@ fn poison(slot: &Slot, page: u64) -> Result {
     Ok(())
 }
 
-fn heal(slot: &Slot, page: u64) -> Result {
+pub(super) fn heal(slot: &Slot, page: u64) -> Result {
     let marked = slot.vm.heal(ID, &[PageRange::page(page)])?;
     ensure_eq!(marked.changed, 1, "pages healed");
     Ok(())
