@@ -144,33 +144,54 @@ TEST_F(map, vm_fd_is_refused)
 	EXPECT_NO_MAP(self->vm, PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
 }
 
-/* A thread that asks for all pages by one system call. */
+/* How a thread asks for all pages of a new mapping by one system call. */
+enum populate_by { BY_MAP_POPULATE, BY_MLOCK, BY_MLOCK_ONFAULT, BY_MLOCKALL, BY_MLOCKALL_ONFAULT,
+		   BY_MLOCKALL_BEFORE };
+
 struct populator {
 	pthread_t thread;
 	struct slot *s;
-	bool locks;	/* by mlock(2), else by MAP_POPULATE */
+	enum populate_by by;
 	unsigned char *p;
 	int err;
 	atomic_int done;
 };
 
+static int populate_after(struct populator *p)
+{
+	switch (p->by) {
+	case BY_MLOCK:
+		return mlock(p->p, PAGES * PAGE);
+	case BY_MLOCK_ONFAULT:
+		return mlock2(p->p, PAGES * PAGE, MLOCK_ONFAULT);
+	case BY_MLOCKALL:
+		return mlockall(MCL_CURRENT);
+	case BY_MLOCKALL_ONFAULT:
+		return mlockall(MCL_CURRENT | MCL_ONFAULT);
+	default:
+		return 0;
+	}
+}
+
 static void *populate(void *arg)
 {
 	struct populator *p = arg;
+	int flags = MAP_SHARED | (p->by == BY_MAP_POPULATE ? MAP_POPULATE : 0);
 
-	p->p = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE,
-		    MAP_SHARED | (p->locks ? 0 : MAP_POPULATE), p->s->fd, 0);
-	p->err = p->p == MAP_FAILED ? errno : 0;
-	if (!p->err && p->locks)
-		p->err = mlock(p->p, PAGES * PAGE) ? errno : 0;
+	if (p->by == BY_MLOCKALL_BEFORE && mlockall(MCL_FUTURE))
+		p->err = errno;
+	p->p = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, flags, p->s->fd, 0);
+	if (p->p == MAP_FAILED || populate_after(p))
+		p->err = errno;
 	p->done = 1;
 	return NULL;
 }
 
 /* It waits for each page that is absent, and for no other. */
-static void populate_waits(struct __test_metadata *_metadata, struct slot *s, bool locks)
+static void populate_waits(struct __test_metadata *_metadata, struct slot *s,
+			   enum populate_by by)
 {
-	struct populator p = { .s = s, .locks = locks };
+	struct populator p = { .s = s, .by = by };
 	long long end = now_ms() + PATIENCE_MS;
 
 	for (int page = 0; page < PAGES; page++)
@@ -199,12 +220,34 @@ static void populate_waits(struct __test_metadata *_metadata, struct slot *s, bo
 
 TEST_F(map, populate_waits)
 {
-	populate_waits(_metadata, &self->s, false);
+	populate_waits(_metadata, &self->s, BY_MAP_POPULATE);
 }
 
 TEST_F(map, mlock_waits)
 {
-	populate_waits(_metadata, &self->s, true);
+	populate_waits(_metadata, &self->s, BY_MLOCK);
+}
+
+/* It is not known to be locked on fault: mlock_fixup() in mm/mlock.c passes over VM_DONTEXPAND. */
+TEST_F(map, mlock_on_fault_waits)
+{
+	populate_waits(_metadata, &self->s, BY_MLOCK_ONFAULT);
+}
+
+TEST_F(map, mlockall_waits)
+{
+	populate_waits(_metadata, &self->s, BY_MLOCKALL);
+}
+
+TEST_F(map, mlockall_on_fault_waits)
+{
+	populate_waits(_metadata, &self->s, BY_MLOCKALL_ONFAULT);
+}
+
+/* mmap(2) itself waits after MCL_FUTURE. */
+TEST_F(map, mlockall_before_waits)
+{
+	populate_waits(_metadata, &self->s, BY_MLOCKALL_BEFORE);
 }
 
 /* The kernel does not populate mappings of hugetlb: they are VM_PFNMAP. */
