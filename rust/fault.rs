@@ -16,6 +16,7 @@ use crate::{
     ffi::{
         memfd::Pfn,
         rwsem::ReadGuard,
+        task::is_ending,
         trace,
         uapi::*,
         vma::{
@@ -593,6 +594,11 @@ fn wait<'a>(
     // answered (cancel_work_sync() in virt/kvm/async_pf.c). If it fails, the vCPU's thread asks.
     let in_kthread = fault.is_native() && fault.is_in_kthread();
     if in_kthread && fault.is_retried() {
+        return Ok(fail(&slot));
+    }
+    // The kernel accesses memory of a thread that ends: its robust futexes (exit_robust_list() in
+    // kernel/futex/core.c). The thread's process may be the one that would make the page present.
+    if is_ending() {
         return Ok(fail(&slot));
     }
     let touch = touch(&slot, &fault, page);

@@ -571,6 +571,15 @@ bool kdp_current_returns_to_user(void)
 	return !(current->flags & (PF_KTHREAD | PF_USER_WORKER | PF_EXITING));
 }
 
+/*
+ * Whether the current thread ends, or dumps core. One that ends gets no more signals
+ * (wants_signal() in kernel/signal.c), so nothing would end its wait; a core dump has what is there.
+ */
+bool kdp_current_is_ending(void)
+{
+	return current->flags & (PF_EXITING | PF_DUMPCORE);
+}
+
 struct pid *kdp_current_pid(void)
 {
 	return task_pid(current);

@@ -151,6 +151,7 @@ void kdp_files_id(unsigned long *id);
 struct task_struct *kdp_current(void);
 struct mm_struct *kdp_current_mm(void);
 bool kdp_current_returns_to_user(void);
+bool kdp_current_is_ending(void);
 struct pid *kdp_current_pid(void);
 struct pid *kdp_get_pid(struct pid *pid);
 bool kdp_pid_alive(struct pid *pid);

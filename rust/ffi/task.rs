@@ -83,6 +83,12 @@ pub(crate) fn current_reader() -> Owner {
     Owner(id)
 }
 
+/// Whether the current thread ends or dumps core. It must not wait for a page then.
+pub(crate) fn is_ending() -> bool {
+    // SAFETY: Always safe to call in a thread's context.
+    unsafe { c::kdp_current_is_ending() }
+}
+
 /// Whether a fatal signal is pending for the current thread.
 pub(crate) fn is_being_killed() -> bool {
     // SAFETY: Always safe to call in a thread's context.

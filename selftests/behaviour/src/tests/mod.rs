@@ -29,6 +29,7 @@ mod memory_error;
 mod migrate;
 mod native;
 mod nested;
+mod native_process;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -71,6 +72,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         place_race::TESTS,
         native::TESTS,
         nested::TESTS,
+        native_process::TESTS,
         hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.

@@ -271,13 +271,13 @@ fn io_uring_buffer_stays() -> Result {
 }
 
 /// A mapping of a memslot of its own.
-struct Private {
+pub(super) struct Private {
     at: *mut u8,
     len: usize,
 }
 
 impl Private {
-    fn of(slot: &Slot) -> Result<Self> {
+    pub(super) fn of(slot: &Slot) -> Result<Self> {
         let len = (slot.guest.pages() * PAGE) as usize;
         // SAFETY: a new mapping, wherever the kernel likes.
         let at = unsafe {
@@ -296,18 +296,18 @@ impl Private {
         Ok(Self { at: at.cast(), len })
     }
 
-    fn address(&self, page: u64) -> *mut u64 {
+    pub(super) fn address(&self, page: u64) -> *mut u64 {
         self.at.wrapping_add((page * PAGE) as usize).cast()
     }
 
-    fn check(&self, page: u64, version: u64) -> Result {
+    pub(super) fn check(&self, page: u64, version: u64) -> Result {
         match content::check(&words_at(self.address(page))?, page, version) {
             Ok(()) => Ok(()),
             Err(wrong) => fail!("in the private mapping: {wrong}"),
         }
     }
 
-    fn write(&self, page: u64, version: u64) {
+    pub(super) fn write(&self, page: u64, version: u64) {
         for at in 0..content::WORDS {
             let word = content::word(page, version, at);
             // SAFETY: the mapping is accessed as words only.

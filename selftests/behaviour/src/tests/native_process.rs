@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Native memory under what the kernel does for a process: core dumps, futexes, its end.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvm_demand_paging::{Backing, Cause, PageRange, State, Who};
+use libc::c_int;
+
+use super::native::Private;
+use crate::check::Result;
+use crate::content;
+use crate::numa::Setting;
+use crate::slot::{words_at, Slot, BACKINGS, GPA, ID, PAGE};
+use crate::sys::{self, Child, Ended};
+use crate::task::{until, Task, PATIENCE};
+
+tests! {
+    "native-core-dump-leaves-the-memory-out" => core_dump,
+    "native-exit-does-not-wait" => exit_does_not_wait,
+    "native-futex-between-processes" => futex_between_processes,
+    "native-futex-waits-for-its-page" => futex_waits_for_its_page,
+}
+
+const PAGES: u64 = 64;
+
+/// A directory in memory, which goes with this.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let path = PathBuf::from(format!("/dev/shm/kdp-core-{}", std::process::id()));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left is memory until the machine ends.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A part of a process's memory in its core, a PT_LOAD segment.
+struct Segment {
+    address: u64,
+    memory: u64,
+    offset: u64,
+    bytes: u64,
+}
+
+/// Those of a core: an ELF file of 64 bits. See elf(5).
+fn segments(core: &File) -> Result<Vec<Segment>> {
+    const PT_LOAD: u64 = 1;
+    let word = |at: u64, len: usize| -> Result<u64> {
+        let mut bytes = [0; 8];
+        core.read_exact_at(&mut bytes[..len], at)?;
+        Ok(u64::from_le_bytes(bytes))
+    };
+    ensure_eq!(word(0, 4)?, 0x464c_457f, "the magic number of the core");
+    let (headers, size, count) = (word(32, 8)?, word(54, 2)?, word(56, 2)?);
+    let mut segments = Vec::new();
+    for at in (0..count).map(|number| headers + number * size) {
+        if word(at, 4)? == PT_LOAD {
+            segments.push(Segment {
+                address: word(at + 16, 8)?,
+                memory: word(at + 40, 8)?,
+                offset: word(at + 8, 8)?,
+                bytes: word(at + 32, 8)?,
+            });
+        }
+    }
+    Ok(segments)
+}
+
+/// Fails unless the core knows of the mapping, and has no byte of it.
+fn is_left_out(segments: &[Segment], at: *const u64) -> Result {
+    let range = at as u64..at as u64 + PAGES * PAGE;
+    let mut known = 0;
+    for part in segments.iter().filter(|s| range.contains(&s.address)) {
+        known += part.memory;
+        let (bytes, address) = (part.bytes, part.address);
+        ensure_eq!(bytes, 0, "bytes in the core of the memory at {address:#x}");
+    }
+    ensure_eq!(known, PAGES * PAGE, "bytes of the mapping in the core");
+    Ok(())
+}
+
+/// Lets this process dump all of its memory.
+fn dump_all() -> Result {
+    let limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: it changes a limit of this process.
+    sys::check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &limit) })?;
+    Ok(fs::write("/proc/self/coredump_filter", "0x1ff")?)
+}
+
+/// A process is killed by a signal that dumps core, while threads of it wait for absent pages. It
+/// ends at once, and its core has all but the memslot.
+fn core_dump() -> Result {
+    let slot = Slot::new(Backing::Shmem, PAGES)?;
+    let private = Private::of(&slot)?;
+    for page in 0..4 {
+        slot.place(page, 1)?;
+        slot.check(page, 1)?;
+    }
+    private.write(1, 2);
+    // Anonymous memory, with bytes to be found again.
+    let marker = content::bytes(77, 9).to_vec();
+    let scratch = Scratch::new()?;
+    let pattern = format!("{}/core", scratch.0.display());
+    let _pattern = Setting::set("/proc/sys/kernel/core_pattern", &pattern)?;
+    let mut child = Child::fork(|| {
+        dump_all()?;
+        for (at, count) in [
+            (slot.address(0), 4),
+            (slot.address(0), PAGES),
+            (private.address(0), 4),
+        ] {
+            let dumped = sys::advise(at.cast(), (count * PAGE) as usize, libc::MADV_DODUMP);
+            ensure_eq!(
+                dumped.err().and_then(|e| e.raw_os_error()),
+                Some(libc::EINVAL),
+                "errno of MADV_DODUMP of {count} pages"
+            );
+        }
+        let _reader = slot.toucher(5)?;
+        let writing = slot.clone();
+        let _writer = Task::work(move || {
+            let pipe = sys::pipe_to_write()?;
+            Ok(sys::write_from(pipe.as_fd(), writing.address(6).cast(), 8)?)
+        })?;
+        words_at(private.address(7)).map(drop)
+    })?;
+    let mut pages = Vec::new();
+    for _ in 0..3 {
+        pages.push(slot.event()?.page);
+    }
+    pages.sort_unstable();
+    ensure_eq!(pages, [5, 6, 7], "pages that the process waits for");
+    child.kill(libc::SIGABRT)?;
+    let ended = child.wait(PATIENCE)?;
+    ensure_eq!(ended, Ended::Signal(libc::SIGABRT), "the process's end");
+    slot.no_event()?;
+    let core = File::open(Path::new(&pattern))?;
+    let segments = segments(&core)?;
+    is_left_out(&segments, slot.address(0))?;
+    is_left_out(&segments, private.address(0))?;
+    let at = marker.as_ptr() as u64;
+    let found = segments
+        .iter()
+        .find(|s| s.address <= at && at + PAGE <= s.address + s.bytes);
+    let Some(found) = found else {
+        fail!("the core does not have the memory at {at:#x}");
+    };
+    let mut bytes = vec![0; marker.len()];
+    core.read_exact_at(&mut bytes, found.offset + (at - found.address))?;
+    ensure!(bytes == marker, "the core has other bytes at {at:#x}");
+    slot.place(5, 1)?;
+    slot.check(5, 1)
+}
+
+/// A process has a robust mutex in an absent page when it ends: the kernel looks at it, and nothing
+/// can kill a process that waits then.
+fn exit_does_not_wait() -> Result {
+    for (backing, pages) in BACKINGS {
+        let slot = Slot::new(backing, pages)?;
+        let mut child = Child::fork(|| {
+            // struct robust_list_head, and an entry behind it.
+            let head = Box::leak(Box::new([0; 4])).as_mut_ptr();
+            let entry = head.wrapping_add(3);
+            let offset = (slot.address(5) as u64).wrapping_sub(entry as u64);
+            // SAFETY: the list has four words and stays. The kernel reads it when the process ends:
+            // the first entry, where a mutex is seen from its entry, none that is just being
+            // locked. The entry is the last one.
+            let ret = unsafe {
+                head.write(entry as u64);
+                head.add(1).write(offset);
+                entry.write(head as u64);
+                libc::syscall(libc::SYS_set_robust_list, head, 24)
+            };
+            sys::check(ret as c_int)?;
+            Ok(())
+        })?;
+        let ended = child.wait(Duration::from_secs(20));
+        // Or it would stay for ever.
+        slot.place(5, 1)?;
+        ensure_eq!(ended?, Ended::Status(0), "the process's end");
+        slot.no_event()?;
+    }
+    Ok(())
+}
+
+/// futex(2), of one that processes share.
+fn futex(at: *const u64, op: c_int, value: u32, timeout: Option<Duration>) -> io::Result<u64> {
+    let time = timeout.map(|time| libc::timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: i64::from(time.subsec_nanos()),
+    });
+    let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the kernel checks the address, and reads the time, if there is one.
+    let ret = unsafe { libc::syscall(libc::SYS_futex, at, op, value, time, 0, 0) };
+    sys::check(ret as c_int).map(|ret| ret as u64)
+}
+
+/// The first word of a page.
+fn word(page: u64, version: u64) -> u32 {
+    content::word(page, version, 0) as u32
+}
+
+/// A process that sleeps until it is woken at a present page.
+fn sleeper(slot: &Slot, page: u64, version: u64) -> Result<Child> {
+    let child = Child::fork(|| {
+        futex(
+            slot.address(page),
+            libc::FUTEX_WAIT,
+            word(page, version),
+            None,
+        )?;
+        Ok(())
+    })?;
+    let call = format!("/proc/{}/syscall", child.pid());
+    let in_futex = format!("{} ", libc::SYS_futex);
+    until("the child sleeps", || {
+        Ok(fs::read_to_string(&call)?.starts_with(&in_futex))
+    })?;
+    Ok(child)
+}
+
+/// Wakes who sleeps at an address.
+fn wake(at: usize) -> Result {
+    until("the child is woken", || {
+        Ok(futex(at as *const u64, libc::FUTEX_WAKE, 1, None)? == 1)
+    })
+}
+
+/// It is the memfd's page that they meet at: through whatever mapping, and whether it was absent
+/// meanwhile.
+fn futex_between_processes() -> Result {
+    let slot = Slot::new(Backing::Shmem, PAGES)?;
+    for at in [
+        slot.address(3),
+        slot.alias.as_ptr().wrapping_add(3 * PAGE as usize).cast(),
+    ] {
+        slot.place(3, 1)?;
+        let mut child = sleeper(&slot, 3, 1)?;
+        wake(at as usize)?;
+        child.join(PATIENCE)?;
+    }
+    let mut child = sleeper(&slot, 3, 1)?;
+    slot.mark(State::Absent, 3)?;
+    slot.memfd.punch_hole(PageRange::page(3))?;
+    let at = slot.address(3) as usize;
+    let mut waker = Task::work(move || wake(at))?;
+    let event = slot.event()?;
+    ensure_eq!(
+        (event.page, event.access.who),
+        (3, Who::Kernel),
+        "the event"
+    );
+    waker.still_waits("FUTEX_WAKE at an absent page")?;
+    slot.place(3, 2)?;
+    waker.join("FUTEX_WAKE")?;
+    child.join(PATIENCE)
+}
+
+/// FUTEX_WAIT and FUTEX_WAKE of an absent page wait until it is placed, which no timeout ends, and
+/// then look at its bytes. A lost page has no futex.
+fn futex_waits_for_its_page() -> Result {
+    const TIMEOUT: Duration = Duration::from_millis(1);
+    let slot = Slot::new(Backing::Shmem, PAGES)?;
+    let errno = |result: io::Result<u64>| result.map_err(|e| e.raw_os_error().unwrap_or(0));
+    for (op, value, expected) in [
+        (libc::FUTEX_WAIT, word(9, 1), Err(libc::ETIMEDOUT)),
+        (libc::FUTEX_WAIT, word(9, 2), Err(libc::EAGAIN)),
+        (libc::FUTEX_WAKE, 1, Ok(0)),
+    ] {
+        let at = slot.address(9) as usize;
+        let mut task = Task::spawn(move || futex(at as *const u64, op, value, Some(TIMEOUT)))?;
+        let event = slot.event()?;
+        ensure_eq!(
+            (event.gfn, event.access.who, event.access.write),
+            (GPA / PAGE + 9, Who::Kernel, true),
+            "the event"
+        );
+        task.still_waits("futex() at an absent page")?;
+        slot.place(9, 1)?;
+        ensure_eq!(errno(task.join("futex()")?), expected, "operation {op}");
+        slot.check(9, 1)?;
+        slot.mark(State::Absent, 9)?;
+    }
+    slot.vm.poison(ID, &[PageRange::page(9)], Cause::Emulated)?;
+    for op in [libc::FUTEX_WAIT, libc::FUTEX_WAKE] {
+        let result = errno(futex(slot.address(9), op, 1, Some(TIMEOUT)));
+        ensure_eq!(result, Err(libc::EFAULT), "operation {op} at a lost page");
+    }
+    slot.no_event()
+}
