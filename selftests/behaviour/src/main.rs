@@ -34,6 +34,7 @@ mod tests;
 mod tun;
 mod vhost;
 mod vmm;
+mod xdp;
 
 use std::process::ExitCode;
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::check::{skip, Result};
 use crate::sys;
+use crate::task::PATIENCE;
 
 /// The bytes of a struct virtio_net_hdr with num_buffers, which stands before every packet.
 pub const HEADER: usize = 12;
@@ -35,6 +36,8 @@ pub struct Tap {
     file: File,
     /// What the kernel's network stack gets from the device, and what it gives to it.
     socket: OwnedFd,
+    /// The number that the kernel knows the device by.
+    pub index: u32,
 }
 
 impl Tap {
@@ -67,8 +70,12 @@ impl Tap {
         request.flags = (libc::IFF_UP | libc::IFF_RUNNING | libc::IFF_NOARP) as i16;
         // SAFETY: SIOCSIFFLAGS reads a struct ifreq.
         sys::check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) })?;
-        bind(&socket, &request.name)?;
-        Ok(Self { file, socket })
+        let index = bind(&socket, &request.name)?;
+        Ok(Self {
+            file,
+            socket,
+            index,
+        })
     }
 
     /// A packet with our ethertype came out of the device, within that time.
@@ -83,6 +90,22 @@ impl Tap {
         let n = unsafe { sys::read_to(self.socket.as_fd(), packet.as_mut_ptr(), packet.len())? };
         packet.truncate(n);
         Ok(packet)
+    }
+
+    /// The next packet with our ethertype that the network stack has given to the device.
+    pub fn sent(&self) -> Result<Vec<u8>> {
+        loop {
+            let came = sys::readable(self.file.as_raw_fd(), PATIENCE)?;
+            ensure!(came, "nothing was given to the device");
+            let mut packet = vec![0; 4096];
+            // SAFETY: the buffer is this thread's own.
+            let n = unsafe { sys::read_to(self.as_fd(), packet.as_mut_ptr(), packet.len())? };
+            packet.truncate(n);
+            packet.drain(..HEADER.min(n));
+            if packet.get(12..14) == Some(&ETHERTYPE.to_be_bytes()) {
+                return Ok(packet);
+            }
+        }
     }
 
     /// Puts a packet into the device.
@@ -112,7 +135,7 @@ fn packet_socket() -> Result<OwnedFd> {
     }
 }
 
-fn bind(socket: &OwnedFd, name: &[u8; 16]) -> Result {
+fn bind(socket: &OwnedFd, name: &[u8; 16]) -> Result<u32> {
     // SAFETY: the kernel has written a NUL-terminated name.
     let index = unsafe { libc::if_nametoindex(name.as_ptr().cast()) };
     if index == 0 {
@@ -130,7 +153,7 @@ fn bind(socket: &OwnedFd, name: &[u8; 16]) -> Result {
     let len = size_of::<libc::sockaddr_ll>() as u32;
     // SAFETY: the address is valid and as long as it says.
     sys::check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
-    Ok(())
+    Ok(index)
 }
 
 /// An Ethernet frame of our ethertype with this many bytes of payload.

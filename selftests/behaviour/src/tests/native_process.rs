@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Native memory under what the kernel does for a process: core dumps, futexes, its end.
+//! Native memory under what the kernel does for a process: core dumps, futexes, its end, and
+//! devices that pin its memory.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,16 +16,20 @@ use libc::c_int;
 use super::native::Private;
 use crate::check::Result;
 use crate::content;
-use crate::numa::Setting;
+use crate::numa::{self, Setting};
 use crate::slot::{words_at, Slot, BACKINGS, GPA, ID, PAGE};
 use crate::sys::{self, Child, Ended};
 use crate::task::{until, Task, PATIENCE};
+use crate::tun::{frame, Tap};
+use crate::xdp::Socket;
 
 tests! {
     "native-core-dump-leaves-the-memory-out" => core_dump,
     "native-exit-does-not-wait" => exit_does_not_wait,
     "native-futex-between-processes" => futex_between_processes,
     "native-futex-waits-for-its-page" => futex_waits_for_its_page,
+    "native-device-pins-what-is-present" => device_pins_what_is_present,
+    "native-device-keeps-what-it-pinned" => device_keeps_what_it_pinned,
 }
 
 const PAGES: u64 = 64;
@@ -303,4 +308,92 @@ fn futex_waits_for_its_page() -> Result {
         ensure_eq!(result, Err(libc::EFAULT), "operation {op} at a lost page");
     }
     slot.no_event()
+}
+
+/// A device that pins memory under the mmap lock (AF_XDP here, VFIO in the same way) has an error
+/// where a page is absent: it does not wait, and pins no zeros.
+fn device_pins_what_is_present() -> Result {
+    let slot = Slot::new(Backing::Shmem, PAGES)?;
+    for page in 0..4 {
+        slot.place(page, 1)?;
+    }
+    let socket = Socket::new()?;
+    for (first, errno) in [(4, libc::EFAULT), (2, libc::ENOMEM)] {
+        let refused = socket.register(slot.address(first), 4);
+        ensure_eq!(
+            refused.err().and_then(|e| e.raw_os_error()),
+            Some(errno),
+            "errno where pages from {first} on are pinned"
+        );
+    }
+    slot.no_event()?;
+    socket.register(slot.address(0), 4)?;
+    for page in 4..8 {
+        slot.toucher(page)?
+            .still_waits("a read of an absent page")?;
+        slot.place(page, 1)?;
+        slot.check(page, 1)?;
+    }
+    Ok(())
+}
+
+/// What a device has pinned stays pinned, whatever the page's state is: it goes on with that
+/// memory, and does not wait. That is the memslot's memory until a hole is punched there; from then
+/// on nobody else has it.
+fn device_keeps_what_it_pinned() -> Result {
+    let slot = Slot::new(Backing::Shmem, PAGES)?;
+    let tap = Tap::new()?;
+    let mut socket = Socket::new()?;
+    let packets = [1, 2, 3].map(|seed| frame(200, seed));
+    let put = |page: u64, packet: &[u8]| -> Result {
+        let mut bytes = [0; PAGE as usize];
+        bytes[..packet.len()].copy_from_slice(packet);
+        Ok(slot.alias.write(page, &bytes)?)
+    };
+    for page in 0..4 {
+        put(page, &packets[0])?;
+        slot.mark(State::Present, page)?;
+    }
+    socket.register(slot.address(0), 4)?;
+    socket.bind(tap.index)?;
+    let sends = |socket: &Socket, page: u64, which: usize, when: &str| -> Result {
+        socket.send(page, packets[which].len())?;
+        ensure!(
+            tap.sent()? == packets[which],
+            "{when}, the device sends other bytes of page {page}"
+        );
+        Ok(())
+    };
+    let pinned = numa::frames(slot.guest.as_ptr(), 4)?;
+    sends(&socket, 1, 0, "at first")?;
+    slot.mark(State::Absent, 1)?;
+    sends(&socket, 1, 0, "while it is absent")?;
+    put(1, &packets[1])?;
+    sends(&socket, 1, 1, "filled while it is absent")?;
+    slot.mark(State::Present, 1)?;
+    let frames = numa::frames(slot.guest.as_ptr(), 4)?;
+    ensure_eq!(frames, pinned, "the frames, present again");
+    // Poison takes the page from processes. The device has it.
+    slot.vm.poison(ID, &[PageRange::page(2)], Cause::Emulated)?;
+    sends(&socket, 2, 0, "while it is lost")?;
+    slot.vm.heal(ID, &[PageRange::page(2)])?;
+    // A hole takes it from the memslot.
+    slot.mark(State::Absent, 3)?;
+    slot.memfd.punch_hole(PageRange::page(3))?;
+    put(3, &packets[2])?;
+    slot.mark(State::Present, 3)?;
+    sends(&socket, 3, 0, "after a hole was punched")?;
+    let frames = numa::frames(slot.guest.as_ptr(), 4)?;
+    ensure_eq!(
+        frames[..3],
+        pinned[..3],
+        "the frames of pages without a hole"
+    );
+    ensure!(frames[3] != pinned[3], "page 3 has the device's frame");
+    // Pinned anew it is the memslot's.
+    drop(socket);
+    let mut socket = Socket::new()?;
+    socket.register(slot.address(0), 4)?;
+    socket.bind(tap.index)?;
+    sends(&socket, 3, 2, "pinned anew")
 }
