@@ -590,11 +590,12 @@ fn wait<'a>(
     fault: Fault<'a>,
     page: u64,
 ) -> Result<Outcome, Fault<'a>> {
-    // Nobody can kill a kernel thread, and the process that it asks for cannot end before it has
-    // answered (cancel_work_sync() in virt/kvm/async_pf.c). If it fails, the vCPU's thread asks.
+    // Nobody can kill a kernel thread. The memory and the VM of the process that it asks for stay until
+    // it has answered, and who closes the VM waits for it (cancel_work_sync() in
+    // virt/kvm/async_pf.c). If it fails, the vCPU's thread asks.
     let in_kthread = fault.is_native() && fault.is_in_kthread();
     if in_kthread && fault.is_retried() {
-        return Ok(fail(&slot));
+        return Ok(Outcome::Fail);
     }
     // The kernel accesses memory of a thread that ends: its robust futexes (exit_robust_list() in
     // kernel/futex/core.c). The thread's process may be the one that would make the page present.

@@ -110,6 +110,12 @@ bool kdp_fault_is_in_kthread(const struct vm_fault *vmf)
 	return current->flags & PF_KTHREAD && vmf->flags & FAULT_FLAG_REMOTE;
 }
 
+/* Whether that thread is one of a workqueue. */
+bool kdp_fault_is_in_kworker(const struct vm_fault *vmf)
+{
+	return kdp_fault_is_in_kthread(vmf) && current->flags & PF_WQ_WORKER;
+}
+
 void kdp_release_fault_lock(struct vm_fault *vmf)
 {
 	release_fault_lock(vmf);

@@ -38,6 +38,7 @@ void kdp_insert_pfns(struct vm_area_struct *vma, unsigned long address,
 bool kdp_fault_is_empty(const struct vm_fault *vmf);
 void kdp_release_fault_lock(struct vm_fault *vmf);
 bool kdp_fault_is_in_kthread(const struct vm_fault *vmf);
+bool kdp_fault_is_in_kworker(const struct vm_fault *vmf);
 bool kdp_vma_is_shared(const struct vm_area_struct *vma);
 pgoff_t kdp_vma_pgoff(const struct vm_area_struct *vma);
 void kdp_vma_change_flags(struct vm_area_struct *vma, vm_flags_t add, vm_flags_t clear);

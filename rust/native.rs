@@ -201,6 +201,11 @@ fn insert(
     cached: CachedPage,
     word: u64,
 ) -> Outcome {
+    // A page that the guest only reads stays the memslot's. It is in the page cache now, where the
+    // vCPU's thread finds it: KVM has that ask next, for what the guest does.
+    if fault.copies_in_kworker() {
+        return Outcome::Fail;
+    }
     let page = fault.pgoff();
     // Another thread may have mapped the whole block since this fault fell back to a page.
     let outcome = if fault.is_in_block() {

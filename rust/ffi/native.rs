@@ -127,6 +127,14 @@ impl Fault<'_> {
         unsafe { c::kdp_fault_is_in_kthread(self.raw()) }
     }
 
+    /// The page would be copied to a private one in a kworker, which asks by get_user_pages() for
+    /// another process: KVM's asynchronous page faults ask for every page to be written
+    /// (async_pf_execute() in virt/kvm/async_pf.c).
+    pub(crate) fn copies_in_kworker(&self) -> bool {
+        // SAFETY: The fault is being handled.
+        self.makes_private() && unsafe { c::kdp_fault_is_in_kworker(self.raw()) }
+    }
+
     /// Maps the page where the fault is, or gives its bytes to a private page.
     #[inline]
     pub(crate) fn insert_cached(&self, page: CachedPage) -> Outcome {
