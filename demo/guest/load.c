@@ -22,6 +22,7 @@
  *   kdp_spike_at the round before which they are (1)
  *   kdp_rounds   rounds until it checks everything, says "KDP-LOAD done" and resets the machine (0: for ever)
  *   kdp_pause    milliseconds between rounds (20)
+ *   kdp_waits    instead of all this, pages that a process reads in turn while another one counts (0: none); see waits.h
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -37,6 +38,7 @@
 #include <unistd.h>
 
 #include "modules.h"
+#include "waits.h"
 
 #define PAGE	4096UL
 #define WORDS	(PAGE / sizeof(uint64_t))
@@ -247,6 +249,8 @@ int main(void)
 	rejected = insert_modules();
 	if (rejected)
 		die(rejected);
+	if (wanted("kdp_waits", 0))
+		die(work_while_one_waits(wanted("kdp_waits", 0)));
 
 	writes = wanted("kdp_writes", 512);
 	check = wanted("kdp_check", 16);

@@ -74,8 +74,12 @@ fn over(pages: &[u64], code: &'static [u8]) -> GuestProgram {
 }
 
 /// Reads the first word of each of these pages, and reports it.
+///
+/// Interrupts are on: where KVM has an interrupt controller, it may have others than the vCPU's thread
+/// wait for pages (kvm_can_do_async_pf() in arch/x86/kvm/x86.c).
 pub fn peek(pages: &[u64]) -> GuestProgram {
     let code = guest_code!(
+        "sti",
         "mov rcx, [rdi]",
         "2: add rdi, 8",
         "mov rsi, [rdi]",

@@ -210,11 +210,6 @@ pub fn boot_in(ram: Arc<Ram>, vcpus: u8, parameters: &str, console: &Console) ->
     Ok(machine)
 }
 
-/// Wait until a guest has booted and its load is at work.
-fn wait_for_load(console: &Console) -> Result {
-    console.wait_for("KDP-LOAD round 3 ", boot_time())
-}
-
 /// A guest that goes on from a state.
 pub fn restore(
     ram: Arc<Ram>,
@@ -277,35 +272,41 @@ pub struct Snapshot {
 
 /// The guest of several tests: a boot takes long, so the first of them saves it for all.
 pub fn snapshot() -> Result<Snapshot> {
-    const STATE: &str = "/dev/shm/kdp-behaviour-linux-state";
-    const RAM: &str = "/dev/shm/kdp-behaviour-linux-memory";
-    if !fs::exists(STATE)? {
+    // Each byte of the console is an exit to the VMM, so there are few rounds, of many writes.
+    // The churn leaves CPU time to the migration.
+    let load = format!(
+        "kdp_mib=4 kdp_writes=256 kdp_check={CHECK} kdp_pause=150 kdp_churn=4 kdp_churn_pause=300"
+    );
+    snapshot_of("load", 2, &load, "KDP-LOAD round 3 ")
+}
+
+/// A guest with these parameters for its load, stopped when it had said that it is ready. The first
+/// test that needs it saves it under the name.
+pub fn snapshot_of(name: &str, vcpus: u8, load: &str, ready: &str) -> Result<Snapshot> {
+    let state_file = format!("/dev/shm/kdp-behaviour-linux-{name}-state");
+    let memory_file = format!("/dev/shm/kdp-behaviour-linux-{name}-memory");
+    if !fs::exists(&state_file)? {
         let console = Console::default();
         let ram = Arc::new(Ram::create(Backing::Shmem, MEMORY)?);
-        // Each byte of the console is an exit to the VMM, so there are few rounds, of many writes.
-        // The churn leaves CPU time to the migration.
-        let load = format!(
-            "kdp_mib=4 kdp_writes=256 kdp_check={CHECK} kdp_pause=150 kdp_churn=4 kdp_churn_pause=300"
-        );
-        let mut machine = boot_in(ram, 2, &load, &console)?;
-        wait_for_load(&console)?;
+        let mut machine = boot_in(ram, vcpus, load, &console)?;
+        console.wait_for(ready, boot_time())?;
         machine.stop()?;
         console.check()?;
         let state = machine.save()?;
-        let memory = File::create(RAM)?;
+        let memory = File::create(&memory_file)?;
         memory.set_len(MEMORY)?;
         copy_data(
             &machine.ram().memfd().as_fd().try_clone_to_owned()?.into(),
             &memory,
         )?;
         // Last: who finds it finds all.
-        let part = format!("{STATE}.part");
+        let part = format!("{state_file}.part");
         fs::write(&part, state)?;
-        fs::rename(part, STATE)?;
+        fs::rename(part, &state_file)?;
     }
     Ok(Snapshot {
-        state: fs::read(STATE)?,
-        memory: File::open(RAM)?,
+        state: fs::read(state_file)?,
+        memory: File::open(memory_file)?,
     })
 }
 

@@ -30,6 +30,7 @@ mod migrate;
 mod native;
 mod nested;
 mod native_process;
+mod native_async;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -73,6 +74,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         native::TESTS,
         nested::TESTS,
         native_process::TESTS,
+        native_async::TESTS,
         hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.

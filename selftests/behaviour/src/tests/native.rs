@@ -53,7 +53,7 @@ tests! {
 
 const PAGES: u64 = 64;
 
-fn native(pages: u64) -> Result<Arc<Slot>> {
+pub(super) fn native(pages: u64) -> Result<Arc<Slot>> {
     Slot::new(Backing::Shmem, pages)
 }
 
@@ -226,6 +226,27 @@ impl Drop for Disk {
     }
 }
 
+/// A disk that the kernel swaps to. It is switched off when this is dropped.
+pub(super) struct Swap(Disk);
+
+impl Swap {
+    pub(super) fn on(bytes: u64) -> Result<Self> {
+        let swap = Self(Disk::new(bytes)?);
+        for command in ["mkswap", "swapon"] {
+            let output = Command::new(command).arg(&swap.0.device.path).output()?;
+            ensure!(output.status.success(), "{command}: {output:?}");
+        }
+        Ok(swap)
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        // A test that has failed is not to fail for this instead.
+        let _ = Command::new("swapoff").arg(&self.0.device.path).status();
+    }
+}
+
 /// From absent pages to a disk, and from the disk to absent pages.
 fn direct_io() -> Result {
     let slot = native(PAGES)?;
@@ -276,24 +297,41 @@ pub(super) struct Private {
     len: usize,
 }
 
+/// Maps the memslot's file privately, at `at` with MAP_FIXED, or wherever the kernel likes.
+///
+/// # Safety
+///
+/// With MAP_FIXED nobody has a Rust reference to what is mapped at `at`.
+unsafe fn map_private(slot: &Slot, at: *mut u8, fixed: i32) -> Result<*mut u8> {
+    // SAFETY: by the caller's promise.
+    let at = unsafe {
+        libc::mmap(
+            at.cast(),
+            (slot.guest.pages() * PAGE) as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | fixed,
+            slot.memslot.as_fd().as_raw_fd(),
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(at.cast())
+}
+
+/// Makes the VMM's mapping of the memslot a private one.
+pub(super) fn make_private(slot: &Slot) -> Result {
+    // SAFETY: the mapping is accessed as words only, and is unmapped as it was.
+    unsafe { map_private(slot, slot.address(0).cast(), libc::MAP_FIXED) }.map(drop)
+}
+
 impl Private {
     pub(super) fn of(slot: &Slot) -> Result<Self> {
-        let len = (slot.guest.pages() * PAGE) as usize;
         // SAFETY: a new mapping, wherever the kernel likes.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE,
-                slot.memslot.as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        Ok(Self { at: at.cast(), len })
+        let at = unsafe { map_private(slot, std::ptr::null_mut(), 0) }?;
+        let len = (slot.guest.pages() * PAGE) as usize;
+        Ok(Self { at, len })
     }
 
     pub(super) fn address(&self, page: u64) -> *mut u64 {
@@ -393,10 +431,10 @@ fn fork_shares_and_copies() -> Result {
     Ok(())
 }
 
-/// A number of /proc/self/smaps of the mapping, in pages.
-fn smaps(slot: &Slot, name: &str) -> Result<u64> {
+/// A number of /proc/self/smaps of the mapping that begins there, in pages.
+pub(super) fn smaps(at: *const u64, name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/self/smaps")?;
-    let start = format!("{:x}-", slot.address(0) as u64);
+    let start = format!("{:x}-", at as u64);
     let key = format!("{name}:");
     let mut lines = text.lines().skip_while(|line| !line.starts_with(&start));
     let Some(line) = lines.find(|line| line.starts_with(&key)) else {
@@ -420,33 +458,24 @@ fn resident(slot: &Slot) -> Result<u64> {
 fn swapped_pages_come_back() -> Result {
     const BYTES: u64 = 8 << 20;
     let slot = native(4 * BLOCK)?;
-    let disk = Disk::new(2 * BYTES)?;
-    for command in [["mkswap", &disk.device.path], ["swapon", &disk.device.path]] {
-        let output = Command::new(command[0]).arg(command[1]).output()?;
-        ensure!(output.status.success(), "{command:?}: {output:?}");
-    }
-    let swapped = || -> Result {
-        for round in 1..=3 {
-            for page in 0..slot.guest.pages() {
-                slot.mark(State::Absent, page)?;
-                // Not by the alias mapping: the kernel does not page out what is mapped twice.
-                slot.vm.place(ID, page, &content::bytes(page, round))?;
-                slot.check(page, round)?;
-            }
-            until("most pages are swapped out", || {
-                let len = (slot.guest.pages() * PAGE) as usize;
-                sys::advise(slot.address(0).cast(), len, libc::MADV_PAGEOUT)?;
-                Ok(smaps(&slot, "Swap")? > slot.guest.pages() * 3 / 4)
-            })?;
-            for page in 0..slot.guest.pages() {
-                slot.check(page, round)?;
-            }
+    let _swap = Swap::on(2 * BYTES)?;
+    for round in 1..=3 {
+        for page in 0..slot.guest.pages() {
+            slot.mark(State::Absent, page)?;
+            // Not by the alias mapping: the kernel does not page out what is mapped twice.
+            slot.vm.place(ID, page, &content::bytes(page, round))?;
+            slot.check(page, round)?;
         }
-        Ok(())
-    };
-    let result = swapped();
-    Command::new("swapoff").arg(&disk.device.path).status()?;
-    result
+        until("most pages are swapped out", || {
+            let len = (slot.guest.pages() * PAGE) as usize;
+            sys::advise(slot.address(0).cast(), len, libc::MADV_PAGEOUT)?;
+            Ok(smaps(slot.address(0), "Swap")? > slot.guest.pages() * 3 / 4)
+        })?;
+        for page in 0..slot.guest.pages() {
+            slot.check(page, round)?;
+        }
+    }
+    Ok(())
 }
 
 /// move_pages(2) moves pages, and their bytes with them.
@@ -589,7 +618,7 @@ fn who_looks_fetches_nothing() -> Result {
     let slot = native(PAGES)?;
     slot.place(1, 1)?;
     slot.check(1, 1)?;
-    ensure_eq!(smaps(&slot, "Rss")?, 1, "pages in smaps");
+    ensure_eq!(smaps(slot.address(0), "Rss")?, 1, "pages in smaps");
     ensure_eq!(resident(&slot)?, 1, "pages that mincore() sees");
     ensure_eq!(mapped(&slot)?, [1], "mapped pages");
     slot.no_event()
