@@ -4,6 +4,7 @@
 #   bzImage         the guest's kernel, as it was given
 #   initrd          an initramfs of one program, for the demo
 #   initrd-load     an initramfs with a load that checks itself, and with drivers as modules
+#   initrd-disk     an initramfs with a program that tests its disk, and with the disk's drivers
 #   kdp-demo-fetch  the client of the comparison (built with the tools)
 #
 # Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE [MODULES_DIR]
@@ -14,8 +15,6 @@ kernel=${1:?"build.sh needs a kernel image: build.sh KERNEL_IMAGE [MODULES_DIR]"
 modules=${2:-}
 src=/kdp/src/demo
 out=/kdp/src/build/demo
-# The drivers that the guest of the load needs, beside that of its serial port.
-drivers="virtio_mmio virtio_balloon"
 
 die() {
 	echo "build.sh: $*" >&2
@@ -40,18 +39,19 @@ files_of() {
 	echo "$file"
 }
 
-# add_modules FOLDER: decompress the drivers into the folder. Their names begin with numbers, in the
-# order in which the guest must insert them.
+# add_modules FOLDER DRIVER...: decompress the drivers into the folder. Their names begin with
+# numbers, in the order in which the guest must insert them.
 add_modules() {
-	local files file name n=10
+	local folder=$1 files file name n=10
+	shift
 	files=
-	for name in $drivers; do
+	for name; do
 		files="$files $(files_of "$name")" || exit
 	done
-	mkdir -p "$1"
+	mkdir -p "$folder"
 	for file in $(echo "$files" | tr -s ' ' '\n' | awk 'NF && !seen[$0]++'); do
 		name=${file##*/}
-		name=$1/$n-${name%%.ko*}.ko
+		name=$folder/$n-${name%%.ko*}.ko
 		case $file in
 		*.ko) cp "$file" "$name" ;;
 		*.ko.xz) xz -dc "$file" >"$name" ;;
@@ -63,22 +63,28 @@ add_modules() {
 	done
 }
 
-# image INITRD PROGRAM: make an initramfs of what is in build/demo/root, with PROGRAM as its init.
+# image INITRD PROGRAM [DRIVER...]: make an initramfs with PROGRAM as its init, and with the drivers
+# that the guest needs beside that of its serial port.
 image() {
+	local initrd=$1 program=$2
+	shift 2
+	rm -rf "$out/root"
+	mkdir -p "$out/root"
+	if [ -n "$modules" ] && (($# > 0)); then
+		add_modules "$out/root/modules" "$@"
+	fi
 	gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -static -s \
-		-o "$out/root/init" "$src/guest/$2"
+		-o "$out/root/init" "$src/guest/$program"
 	(cd "$out/root" && find . -mindepth 1 | sort | cpio -o -H newc --quiet) >"$out/initrd.part"
-	mv "$out/initrd.part" "$out/$1"
+	mv "$out/initrd.part" "$out/$initrd"
 }
 
 [ -f "$kernel" ] || die "there is no kernel image '$kernel'"
-rm -rf "$out/root"
-mkdir -p "$out/root"
+[ -z "$modules" ] || [ -d "$modules/kernel" ] ||
+	die "'$modules' is no /lib/modules/RELEASE: it has no 'kernel'"
+mkdir -p "$out"
 image initrd init.c
-if [ -n "$modules" ]; then
-	[ -d "$modules/kernel" ] || die "'$modules' is no /lib/modules/RELEASE: it has no 'kernel'"
-	add_modules "$out/root/modules"
-fi
-image initrd-load load.c
+image initrd-load load.c virtio_mmio virtio_balloon
+image initrd-disk disk.c virtio_pci virtio_blk
 cp "$kernel" "$out/bzImage"
 install -t "$out" /kdp/src/build/bin/kdp-demo-fetch

@@ -130,13 +130,13 @@ def memslot_counters(work, pid):
 class Handler(Tool):
     """`kdp handle`, with a memslot of its own at /dev/kdp/NAME and its pages at `source`."""
 
-    def __init__(self, work, name, bytes_, source, timeout):
+    def __init__(self, work, name, bytes_, source, timeout, backing=("--hugetlb", "2M")):
         self.report_file = Path(work, "handler.json")
         ready = Path(work, "handler.ready")
         self.report_file.unlink(missing_ok=True)
         ready.unlink(missing_ok=True)
         super().__init__(
-            f"{work}/kdp", "handle", "--create", name, "--size", str(bytes_), "--hugetlb", "2M", "--source", source,
+            f"{work}/kdp", "handle", "--create", name, "--size", str(bytes_), *backing, "--source", source,
             "--ready-file", str(ready), "--json", str(self.report_file),
         )
         self.wait(ready.exists, timeout, f"/dev/kdp/{name} is there")

@@ -10,15 +10,17 @@ import time
 TICK = re.compile(r"^KDP-TICK (\d+)$")
 # The guest has one serial port. The other parameters make the boot of a distribution's kernel
 # faster. They turn off what this guest does not need:
-# - ACPI, PCI, security modules and auditing;
+# - ACPI, security modules and auditing;
 # - patches of the kernel's code for mitigations;
 # - self-tests of ciphers;
 # - making the kernel's code read-only, and checking all page tables for it;
 # - clearing each page at its allocation.
 GUEST_ARGS = (
-    "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 acpi=off pci=off lsm= audit=0 "
+    "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 acpi=off lsm= audit=0 "
     "mitigations=off cryptomgr.notests rodata=off init_on_alloc=0"
 )
+# PCI is for guests with a disk.
+NO_PCI = "pci=off"
 VERIFIED = re.compile(r"^KDP-VERIFY ok (\d+)$")
 
 
@@ -139,9 +141,15 @@ class Qmp:
 
 
 class Qemu:
-    """One guest. Use it as a context manager: QEMU does not outlive the block."""
+    """One guest. Use it as a context manager: QEMU does not outlive the block.
 
-    def __init__(self, memory_path, bytes_, work, console_rest=b"", incoming=False, guest_args="", cpu="host"):
+    A guest without a `disk` has no PCI.
+    """
+
+    def __init__(
+        self, memory_path, bytes_, work, console_rest=b"", incoming=False, guest_args="",
+        cpu="host", initrd="initrd", disk=None,
+    ):
         self.work = work
         self.name = f"qemu-{time.monotonic_ns()}"
         monitor = f"{work}/{self.name}.qmp"
@@ -150,8 +158,11 @@ class Qemu:
         args += ["-machine", "pc,memory-backend=ram,usb=off,vmport=off", "-nodefaults", "-no-user-config"]
         args += ["-display", "none", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         args += ["-qmp", f"unix:{monitor},server=on,wait=off", "-no-reboot"]
-        args += ["-kernel", f"{work}/bzImage", "-initrd", f"{work}/initrd"]
-        args += ["-append", f"{GUEST_ARGS} {guest_args}"]
+        args += ["-kernel", f"{work}/bzImage", "-initrd", f"{work}/{initrd}"]
+        args += ["-append", f"{GUEST_ARGS} {guest_args if disk else f'{NO_PCI} {guest_args}'}"]
+        if disk:
+            args += ["-drive", f"{disk.option()},id=disk,if=none"]
+            args += ["-device", "virtio-blk-pci,drive=disk"]
         if incoming:
             args += ["-incoming", "defer"]
         self.errors = open(f"{work}/{self.name}.err", "w+b")

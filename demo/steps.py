@@ -22,6 +22,7 @@ BUILT = ROOT / "build" / "demo"
 NEEDED = {
     BUILT / "bzImage": "scripts/demo-image",
     BUILT / "initrd": "scripts/demo-image",
+    BUILT / "initrd-disk": "scripts/demo-image",
     BUILT / "kdp-demo-fetch": "scripts/demo-image",
     BIN / "kdp": "make tools",
     BIN / "kdp-vmm": "make tools",

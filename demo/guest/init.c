@@ -12,20 +12,11 @@
  * process tells where a page of its memory is ("KDP-VICTIM 0xADDRESS", guest physical), reads it again and again from
  * user mode, and tells of the signal that it gets when that page has a memory error ("KDP-SIGBUS code C lsb L").
  */
-#include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/mount.h>
-#include <sys/reboot.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
 #include <time.h>
-#include <unistd.h>
+
+#include "guest.h"
 
 #define TICK_MS		25
 #define BLOCK		(1UL << 20)
@@ -36,24 +27,10 @@
 static uint64_t sums[MAX_BLOCKS];
 static uint64_t buffer[WORDS];
 
-static void die(const char *what)
-{
-	printf("KDP-FAILED %s: %s\n", what, strerror(errno));
-	fflush(stdout);
-	/* The console must get the line out before the machine ends. */
-	sleep(1);
-	reboot(RB_POWER_OFF);
-	_exit(1);
-}
-
-/* splitmix64: every word of every block differs, so a page that stands in another's place is found. */
+/* Every word of every block differs, so a page that stands in another's place is found. */
 static uint64_t word_at(uint64_t n)
 {
-	uint64_t z = (n + 1) * 0x9e3779b97f4a7c15ULL;
-
-	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
-	return z ^ (z >> 31);
+	return mix(n * 0x9e3779b97f4a7c15ULL);
 }
 
 static uint64_t sum_of(const uint64_t *words, size_t n)
@@ -168,10 +145,9 @@ static void victim(void)
 	}
 }
 
-static unsigned int wanted(const char *name, unsigned long otherwise)
+static unsigned int wanted_blocks(const char *name, unsigned long otherwise)
 {
-	const char *text = getenv(name);
-	unsigned long n = text ? strtoul(text, NULL, 10) : otherwise;
+	unsigned long n = wanted(name, otherwise);
 
 	if (n > MAX_BLOCKS / 2) {
 		errno = EINVAL;
@@ -183,23 +159,13 @@ static unsigned int wanted(const char *name, unsigned long otherwise)
 int main(void)
 {
 	unsigned int blocks, cold;
-	int console, fd;
+	int fd;
 
-	mkdir("/dev", 0755);
-	if (mount("devtmpfs", "/dev", "devtmpfs", 0, NULL))
+	if (open_console())
 		return 1;
-	console = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
-	if (console < 0)
-		return 1;
-	dup2(console, 0);
-	dup2(console, 1);
-	dup2(console, 2);
-	/* One write per line: the two processes' lines must not mix. */
-	setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
-	printf("KDP-USERSPACE\n");
 
-	blocks = wanted("kdp_mib", 32);
-	cold = wanted("kdp_cold", 0);
+	blocks = wanted_blocks("kdp_mib", 32);
+	cold = wanted_blocks("kdp_cold", 0);
 	mkdir("/data", 0755);
 	if (mount("data", "/data", "tmpfs", 0, "size=90%"))
 		die("mount of the tmpfs");

@@ -24,19 +24,10 @@
  *   kdp_pause    milliseconds between rounds (20)
  *   kdp_waits    instead of all this, pages that a process reads in turn while another one counts (0: none); see waits.h
  */
-#include <errno.h>
-#include <fcntl.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/mount.h>
-#include <sys/reboot.h>
-#include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
+#include "guest.h"
 #include "modules.h"
 #include "waits.h"
 
@@ -56,30 +47,6 @@ struct area {
 	uint64_t checks;
 	uint64_t random;
 };
-
-static void reset(void)
-{
-	fflush(stdout);
-	/* The console must get the line out before the machine ends. */
-	sleep(1);
-	reboot(RB_AUTOBOOT);
-	_exit(1);
-}
-
-static void die(const char *what)
-{
-	printf("KDP-FAILED %s: %s\n", what, strerror(errno));
-	reset();
-}
-
-/* splitmix64 */
-static uint64_t mix(uint64_t z)
-{
-	z += 0x9e3779b97f4a7c15ULL;
-	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
-	return z ^ (z >> 31);
-}
 
 static uint64_t next(struct area *area)
 {
@@ -211,13 +178,6 @@ static void spike(unsigned long mib)
 	printf("KDP-LOAD peak of %lu MiB is over\n", mib);
 }
 
-static unsigned long wanted(const char *name, unsigned long otherwise)
-{
-	const char *text = getenv(name);
-
-	return text ? strtoul(text, NULL, 10) : otherwise;
-}
-
 static uint64_t now(void)
 {
 	struct timespec t;
@@ -232,20 +192,9 @@ int main(void)
 	volatile uint64_t *churned;
 	const char *rejected;
 	struct area area;
-	int console;
 
-	mkdir("/dev", 0755);
-	if (mount("devtmpfs", "/dev", "devtmpfs", 0, NULL) && errno != EBUSY)
+	if (open_console())
 		return 1;
-	console = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
-	if (console < 0)
-		return 1;
-	dup2(console, 0);
-	dup2(console, 1);
-	dup2(console, 2);
-	/* One write per line: the two processes' lines must not mix. */
-	setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
-	printf("KDP-USERSPACE\n");
 	rejected = insert_modules();
 	if (rejected)
 		die(rejected);
