@@ -31,6 +31,7 @@ mod native;
 mod nested;
 mod native_process;
 mod native_async;
+mod native_ptrace;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -75,6 +76,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         nested::TESTS,
         native_process::TESTS,
         native_async::TESTS,
+        native_ptrace::TESTS,
         hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.
