@@ -5,11 +5,13 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 
 use kvm_demand_paging::Backing;
 
 use crate::check::Result;
 use crate::content::{self, WORDS};
+use crate::shared::Shared;
 use crate::slot::{Slot, PAGE};
 use crate::sys::{self, Child, Touched};
 use crate::task::{until, PATIENCE};
@@ -112,15 +114,20 @@ fn peeks_and_pokes() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     slot.place(3, 1)?;
     slot.place(4, 1)?;
+    let shared = Shared::new(1)?;
     let mut child = Child::fork(|| {
         // Page 3 is in no page table of this process.
         slot.check(4, 1)?;
+        shared.at(0).store(1, Ordering::Release);
         let last = WORDS - 1;
         until("the debugger has written", || {
             let word = sys::load(slot.address(4).wrapping_add(last));
             Ok(word == Touched::Value(content::word(4, 2, last)))
         })?;
         slot.check(4, 2)
+    })?;
+    until("the process has read", || {
+        Ok(shared.at(0).load(Ordering::Acquire) == 1)
     })?;
     let traced = Traced::attach(&child)?;
     if let Err(wrong) = content::check(&traced.page(&slot, 3)?, 3, 1) {
@@ -150,8 +157,8 @@ fn attaches_to_who_waits() -> Result {
     let traced = Traced::attach(&child)?;
     traced.has_no(&slot, 6)?;
     traced.has_no(&slot, 7)?;
-    drop(traced);
     let before = slot.counter("waits")?;
+    drop(traced);
     until("the process waits again", || {
         Ok(slot.counter("waits")? > before)
     })?;
