@@ -35,8 +35,7 @@ use crate::{
     ffi::{
         file::{
             FileOps,
-            Inode,
-            RawFile, //
+            Inode, //
         },
         mm::Users,
         remap::{
@@ -56,8 +55,8 @@ use crate::{
     memory_error::Listed,
     moving::on_its_way,
     native::{
-        Asked,
-        NativeMapping, //
+        self,
+        Asked, //
     },
     pages::{
         Mode,
@@ -200,7 +199,7 @@ pub(crate) struct Memslot {
     /// Relaxed: a guess that saves work.
     pub(crate) vain_collapses: Atomic<u32>,
     /// It was mapped MAP_PRIVATE. Relaxed: a mapping that comes later has no page yet.
-    has_private: Atomic<bool>,
+    pub(crate) has_private: Atomic<bool>,
     inode: Inode,
     /// How many files it has. Relaxed: it is only counted, and the last one is not opened again.
     files: Atomic<u32>,
@@ -719,30 +718,6 @@ impl Memslot {
     }
 }
 
-/// Sets a mapping of native memory up.
-fn map_native(slot: ArcBorrow<'_, Memslot>, mut mapping: NewMapping<'_, Memslot>) -> Result {
-    let base = slot.backing.offset();
-    // What is mapped anew is an area of the right file already.
-    if slot.remapper.kind().is_none() {
-        let end = mapping.pgoff().checked_add(mapping.pages());
-        if end.is_none_or(|end| end > slot.place.nr_pages) {
-            return Err(EINVAL);
-        }
-        if !mapping.is_shared() {
-            slot.has_private.store(true, Relaxed);
-        }
-        let make = || {
-            slot.opened();
-            slot.into()
-        };
-        let memfd = slot.backing.memfd().file();
-        let file = RawFile::of_memfd(memfd, mapping.is_of_writable_file(), make)?;
-        mapping.redirect(&file, base);
-    }
-    mapping.install::<NativeMapping>();
-    Ok(())
-}
-
 impl FileOps for Memslot {
     fn ioctl(_this: ArcBorrow<'_, Self>, _cmd: u32, _arg: UserPtr) -> Result<isize> {
         Err(ENOTTY)
@@ -757,23 +732,27 @@ impl FileOps for Memslot {
     }
 
     fn mmap(this: ArcBorrow<'_, Self>, mapping: NewMapping<'_, Self>) -> Result {
+        let is_memory = mapping.pgoff() < BITMAP_PGOFF;
+        if is_memory && this.remapper.kind().is_none() && mapping.is_shared() {
+            this.backing.memfd().check_seals(&mapping)?;
+        }
         if this.backing.is_native() {
             // remap_file_pages(2) comes with the file of an area. So do we, when we map a range anew.
             let is_area = mapping.is_redirected(this.backing.memfd());
             if is_area && this.remapper.kind().is_none() {
                 return Err(EINVAL);
             }
-            if is_area || mapping.pgoff() < BITMAP_PGOFF {
-                return map_native(this, mapping);
+            if is_area || is_memory {
+                return native::map(this, mapping);
             }
         }
         if !mapping.is_shared() {
             return Err(EINVAL);
         }
-        let (base, length) = if mapping.pgoff() >= BITMAP_PGOFF {
-            (BITMAP_PGOFF, this.bitmap_pages())
-        } else {
+        let (base, length) = if is_memory {
             (0, this.place.nr_pages)
+        } else {
+            (BITMAP_PGOFF, this.bitmap_pages())
         };
         let end = (mapping.pgoff() - base).checked_add(mapping.pages());
         if end.is_none_or(|end| end > length) {

@@ -30,12 +30,14 @@ use crate::{
         unpinned, //
     },
     ffi::{
+        file::RawFile,
         native::CachedPage,
         rwsem::ReadGuard,
         task::current_number,
         vma::{
             Fault,
             Mapping,
+            NewMapping,
             Outcome,
             PMD_ORDER, //
         }, //
@@ -159,6 +161,31 @@ impl Mapping for NativeMapping {
         drop(pages);
         mapped(&slot, fault, page, PMD_ORDER, outcome)
     }
+}
+
+/// Makes a new mapping of a memslot's file one of the memfd's own areas.
+pub(crate) fn map(slot: ArcBorrow<'_, Memslot>, mut mapping: NewMapping<'_, Memslot>) -> Result {
+    let base = slot.backing.offset();
+    // What is mapped anew is an area of the right file already.
+    if slot.remapper.kind().is_none() {
+        let end = mapping.pgoff().checked_add(mapping.pages());
+        if end.is_none_or(|end| end > slot.place.nr_pages) {
+            return Err(EINVAL);
+        }
+        if !mapping.is_shared() {
+            slot.has_private.store(true, Relaxed);
+        }
+        let make = || {
+            slot.opened();
+            slot.into()
+        };
+        // Mapped anew, the area may be written if its file may.
+        let writable = mapping.may_write();
+        let file = RawFile::of_memfd(slot.backing.memfd().file(), writable, make)?;
+        mapping.redirect(&file, base);
+    }
+    mapping.install::<NativeMapping>();
+    Ok(())
 }
 
 /// A fault of one page. Gives the fault back if the page must be looked at again.

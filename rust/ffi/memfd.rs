@@ -10,7 +10,8 @@ use super::{
         unmap,
         RawFile, //
     },
-    memory_failure::BadFrame, //
+    memory_failure::BadFrame,
+    vma::NewMapping, //
 };
 use core::{
     marker::PhantomData,
@@ -62,6 +63,18 @@ impl Memfd {
         let order = unsafe { c::kdp_memfd_order(raw) };
         // INVARIANT: All was just checked; a seal is never taken off.
         Ok(Self { file, order })
+    }
+
+    /// Checks a new shared mapping of the memfd's pages, as shmem and hugetlb check theirs
+    /// (check_write_seal() in mm/memfd.c): EPERM if it is writable and F_SEAL_FUTURE_WRITE was added.
+    pub(crate) fn check_seals<F: Send + Sync>(&self, mapping: &NewMapping<'_, F>) -> Result {
+        let mut is_memfd = false;
+        // SAFETY: The file is valid, and `is_memfd` is a place for the answer.
+        let seals = unsafe { c::kdp_memfd_seals(self.file.as_ptr(), &mut is_memfd) };
+        if seals & c::F_SEAL_FUTURE_WRITE != 0 {
+            mapping.forbid_writing()?;
+        }
+        Ok(())
     }
 
     /// log2 of the pages of one allocation of the memfd: that of the huge page for hugetlb; 0 for shmem,

@@ -19,6 +19,7 @@ use kernel::{
     ffi::c_uint,
     mm::{
         virt::{
+            flags,
             VmaNew,
             VmaRef, //
         },
@@ -488,10 +489,14 @@ impl<'a, F: Send + Sync + 'static> NewMapping<'a, F> {
         }
     }
 
-    /// Whether its file is open for writing.
-    pub(crate) fn is_of_writable_file(&self) -> bool {
-        // SAFETY: The area is valid, and has a file.
-        unsafe { c::kdp_file_writable((*self.vma.as_ptr()).vm_file) }
+    /// Whether mprotect(2) may make it writable: its file is open for writing, and no seal forbids it.
+    pub(crate) fn may_write(&self) -> bool {
+        self.vma.flags() & flags::MAYWRITE != 0
+    }
+
+    /// Sees to it that it is never writable. EPERM if it is.
+    pub(super) fn forbid_writing(&self) -> Result {
+        self.vma.try_clear_maywrite().map_err(|_| EPERM)
     }
 
     /// Whether its file is one that [`Self::redirect`] gave to an area.

@@ -279,6 +279,32 @@ TEST_F(map, read_only_guest_memory)
 	EXPECT_BYTE(0x13, ro);
 }
 
+/* F_SEAL_FUTURE_WRITE holds for mappings of the memslot, as for those of the memfd. */
+TEST_F(map, future_write_seal)
+{
+	struct kdp_memslot_create create = good_create(_metadata, 2, PAGES);
+	unsigned char *before, *after, *own;
+
+	create.base_gfn = 1ULL << 30;
+	create.flags = 0;
+	ASSERT_EQ(0, kdp_create(self->vm, &create));
+	before = map(create.fd, PAGES * PAGE, PROT_READ | PROT_WRITE, 0);
+	ASSERT_NE(MAP_FAILED, before);
+	ASSERT_EQ(0, fcntl(create.memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE));
+	EXPECT_EQ(MAP_FAILED, map(create.fd, PAGES * PAGE, PROT_READ | PROT_WRITE, 0));
+	EXPECT_EQ(EPERM, errno);
+	after = map(create.fd, PAGES * PAGE, PROT_READ, 0);
+	ASSERT_NE(MAP_FAILED, after);
+	EXPECT_EQ(-1, mprotect(after, PAGE, PROT_READ | PROT_WRITE));
+	EXPECT_EQ(EACCES, errno);
+	own = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, create.fd, 0);
+	ASSERT_NE(MAP_FAILED, own);
+	EXPECT_EQ(0, touch_write(before, 7));
+	EXPECT_BYTE(7, after);
+	EXPECT_EQ(0, touch_write(own, 8));
+	EXPECT_BYTE(7, after);
+}
+
 TEST_F(map, write_only_by_whom_it_is_allowed)
 {
 	/* mprotect(2) takes writing away and gives it back; states are not touched by it. */
