@@ -2,10 +2,11 @@
 
 //! Neighbours that a fault maps together with its page, so that they need no fault of their own.
 //!
-//! Only on hugetlb, and only what costs nothing but a page table entry: pages that are present and whose
-//! folios are pinned. The page's own folio is.
+//! Only what costs nothing but a page table entry. On hugetlb: pages that are present and whose folios are
+//! pinned. The page's own folio is. On shmem: pages that are present and in the page cache, in folios smaller
+//! than 2 MiB.
 //!
-//! Where a source has the bytes of absent neighbours, and touches around say that they will be wanted
+//! On hugetlb, where a source has the bytes of absent neighbours, and touches around say that they will be wanted
 //! (rules/fill.rs), a fault that fills its page fills them, too: those of the page's own huge page, from the
 //! page cache.
 //!
@@ -18,6 +19,7 @@ use crate::{
     fault_around_pages,
     ffi::{
         memfd::Pfn,
+        native::CachedPage,
         vma::Fault, //
     },
     memslot::Memslot,
@@ -26,6 +28,7 @@ use crate::{
         around::{
             buddy,
             is_set,
+            runs,
             window, //
         },
         fill::group, //
@@ -43,6 +46,20 @@ pub(crate) fn map(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, word: u64) {
     let buddy = buddy(fault.pgoff());
     if is_set(word, buddy) && !fault.is_mapped_near(buddy) && fault_around_pages() > 1 {
         map_window(slot, pages, fault, buddy);
+    }
+}
+
+/// The same in native memory. `cached` is the fault's own page.
+#[inline]
+pub(crate) fn map_cached(fault: &Fault<'_>, cached: &CachedPage, word: u64) {
+    let page = fault.pgoff();
+    let buddy = buddy(page);
+    let size = fault_around_pages();
+    if is_set(word, buddy) && size > 1 && !fault.is_mapped_near(buddy) {
+        let (first, end) = fault.area();
+        for (first, last) in runs(word, page, size, first, end) {
+            fault.insert_around(cached, first, last);
+        }
     }
 }
 

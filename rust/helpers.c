@@ -39,20 +39,21 @@ bool kdp_fault_is_in_block(const struct vm_fault *vmf)
 
 /*
  * Whether an address near a fault of one page is mapped, or is none of the area's
- * in the same page table. The fault's mmap lock keeps the table: without it for
- * writing, the kernel frees page tables of shmem's own mappings alone
- * (retract_page_tables() in mm/khugepaged.c) and for MADV_DONTNEED, which
- * VM_PFNMAP refuses.
+ * in the same page table. In native memory, the kernel may free the table meanwhile,
+ * after a grace period (retract_page_tables() in mm/khugepaged.c, MADV_DONTNEED).
  */
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address)
 {
-	pmd_t pmd = pmdp_get_lockless(vmf->pmd);
+	bool mapped = true;
+	pmd_t pmd;
 
-	if (address < vmf->vma->vm_start || address >= vmf->vma->vm_end ||
-	    (address ^ vmf->address) & PMD_MASK ||
-	    !pmd_present(pmd) || pmd_leaf(pmd))
-		return true;
-	return !pte_none(ptep_get_lockless(pte_offset_kernel(&pmd, address)));
+	rcu_read_lock();
+	pmd = pmdp_get_lockless(vmf->pmd);
+	if (address >= vmf->vma->vm_start && address < vmf->vma->vm_end &&
+	    !((address ^ vmf->address) & PMD_MASK) && pmd_present(pmd) && !pmd_leaf(pmd))
+		mapped = !pte_none(ptep_get_lockless(pte_offset_kernel(&pmd, address)));
+	rcu_read_unlock();
+	return mapped;
 }
 
 struct around {

@@ -104,6 +104,8 @@ struct page *kdp_native_get(struct file *memfd, pgoff_t index, struct mem_cgroup
 void kdp_native_put(struct page *page);
 void kdp_native_dirty(struct page *page);
 vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page);
+void kdp_native_insert_around(struct vm_fault *vmf, struct page *page, pgoff_t first,
+			      pgoff_t last);
 vm_fault_t kdp_native_copy_from(struct vm_fault *vmf, struct page *page);
 vm_fault_t kdp_native_insert_block(struct vm_fault *vmf, struct page *page);
 

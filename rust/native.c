@@ -159,6 +159,30 @@ vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page)
 	return vmf_insert_page_mkwrite(vmf, page, false);
 }
 
+/*
+ * Maps pages @first to @last of the memfd around the fault, if the page cache has them and they
+ * are in the fault's page table. @page, the fault's own, is mapped and locked.
+ *
+ * filemap_map_pages() maps a folio of 2 MiB as a whole if there is no page table. No folio of
+ * these pages is of 2 MiB, and none becomes so: it would hold @page, which stays in its smaller
+ * folio as long as that is locked.
+ */
+void kdp_native_insert_around(struct vm_fault *vmf, struct page *page, pgoff_t first,
+			      pgoff_t last)
+{
+	const pgoff_t before = min(vmf->pgoff, pte_index(vmf->address));
+	const pgoff_t after = PTRS_PER_PTE - 1 - pte_index(vmf->address);
+	struct vm_fault around = *vmf;
+
+	first = max(first, vmf->pgoff - before);
+	last = min(last, vmf->pgoff + after);
+	if (first > last || folio_test_pmd_mappable(page_folio(page)))
+		return;
+	around.flags &= ~FAULT_FLAG_WRITE;
+	around.prealloc_pte = NULL;
+	filemap_map_pages(&around, first, last);
+}
+
 /* Hands a locked page and its reference to the kernel, which copies it to a private page. */
 vm_fault_t kdp_native_copy_from(struct vm_fault *vmf, struct page *page)
 {

@@ -18,6 +18,7 @@
 
 use crate::{
     ahead,
+    around,
     collapse,
     fault::{
         block_of,
@@ -239,7 +240,7 @@ fn insert(
         Outcome::Mapped
     } else {
         collapse::consider(&slot, &pages, &fault, cached.frame(), word);
-        fault.insert_cached(cached)
+        fault.insert_cached(cached, |cached| around::map_cached(&fault, cached, word))
     };
     ahead::consider(slot, &pages, page);
     drop(pages);

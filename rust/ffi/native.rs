@@ -135,9 +135,14 @@ impl Fault<'_> {
         self.makes_private() && unsafe { c::kdp_fault_is_in_kworker(self.raw()) }
     }
 
-    /// Maps the page where the fault is, or gives its bytes to a private page.
+    /// Maps the page where the fault is, and then what is best mapped with it, by `around`; or gives its bytes
+    /// to a private page.
     #[inline]
-    pub(crate) fn insert_cached(&self, page: CachedPage) -> Outcome {
+    pub(crate) fn insert_cached(
+        &self,
+        page: CachedPage,
+        around: impl FnOnce(&CachedPage),
+    ) -> Outcome {
         if self.makes_private() {
             let raw = page.0.as_ptr();
             // The lock and the reference are the kernel's from here on.
@@ -148,7 +153,21 @@ impl Fault<'_> {
         }
         // SAFETY: The fault is being handled; the page is locked, with a reference, which the entry
         // does not take over.
-        Outcome::from_insert(unsafe { c::kdp_native_insert(self.raw(), page.0.as_ptr()) })
+        let result = unsafe { c::kdp_native_insert(self.raw(), page.0.as_ptr()) };
+        let outcome = Outcome::from_insert(result);
+        if outcome == Outcome::Mapped {
+            around(&page);
+        }
+        outcome
+    }
+
+    /// Maps pages `first` to `last` of the memslot that the page cache has, where nothing is mapped. What the
+    /// fault's page table does not hold is left out. Nobody may take them away meanwhile: the caller's lock
+    /// ensures that. `page` is the fault's own.
+    pub(crate) fn insert_around(&self, page: &CachedPage, first: u64, last: u64) {
+        let [first, last] = [first, last].map(|page| (self.base() + page) as usize);
+        // SAFETY: The fault is being handled; the page is locked, with a reference.
+        unsafe { c::kdp_native_insert_around(self.raw(), page.0.as_ptr(), first, last) };
     }
 
     /// Maps the block around the fault, if the page's folio is one. Nobody may map a single page

@@ -41,3 +41,27 @@ pub fn window(page: u64, size: u64, first: u64, end: u64) -> impl Iterator<Item 
         Some((word, ones << (at - word)))
     })
 }
+
+/// Present pages side by side in the window of [`window`], as far as it is in the page's own word, which holds the
+/// present bits: the first and the last of each run.
+pub fn runs(
+    word: u64,
+    page: u64,
+    size: u64,
+    first: u64,
+    end: u64,
+) -> impl Iterator<Item = (u64, u64)> {
+    let size = size.min(WORD_PAGES);
+    let (base, mask) = window(page, size, first, end).next().unwrap_or((0, 0));
+    let mut left = word & mask;
+    core::iter::from_fn(move || {
+        if left == 0 {
+            return None;
+        }
+        let low = left.trailing_zeros();
+        let count = (left >> low).trailing_ones();
+        left &= !((u64::MAX >> (u64::BITS - count)) << low);
+        let at = base + u64::from(low);
+        Some((at, at + u64::from(count) - 1))
+    })
+}

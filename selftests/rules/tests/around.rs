@@ -2,7 +2,7 @@
 
 //! rust/rules/around.rs
 
-use kdp_rules::rules::around::{buddy, is_set, is_size, window, MAX_PAGES};
+use kdp_rules::rules::around::{buddy, is_set, is_size, runs, window, MAX_PAGES};
 use proptest::prelude::*;
 
 fn size() -> impl Strategy<Value = u64> {
@@ -46,5 +46,30 @@ proptest! {
         prop_assert!(size == 1 || other / size == page / size);
         prop_assert_eq!(other / 64, page / 64);
         prop_assert_eq!(is_set(word, page), word & (1 << (page % 64)) != 0);
+    }
+
+    /// The runs are the present pages of the page's window, word and area, and there is a page between two.
+    #[test]
+    fn runs_are_all_present_pages(
+        size in size(),
+        (first, pages) in (0..500u64, 1..200u64),
+        at in 0..200u64,
+        word in any::<u64>(),
+        more in any::<u64>(),
+    ) {
+        let page = first + at % pages;
+        // Long runs, too.
+        let word = word | more;
+        let expected: Vec<u64> = (first..first + pages)
+            .filter(|other| other / 64 == page / 64 && other / size == page / size)
+            .filter(|&other| is_set(word, other))
+            .collect();
+        let mut found = vec![];
+        for (low, high) in runs(word, page, size, first, first + pages) {
+            prop_assert!(low <= high);
+            prop_assert!(found.last().is_none_or(|last| last + 1 < low));
+            found.extend(low..=high);
+        }
+        prop_assert_eq!(found, expected);
     }
 }

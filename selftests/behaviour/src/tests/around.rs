@@ -12,6 +12,7 @@ use std::time::Duration;
 use kdp_vmm::{Order, Touch};
 use kvm_demand_paging::{Backing, GuestMap, PageRange, State};
 
+use super::shmem::Folios;
 use crate::check::Result;
 use crate::guest;
 use crate::harness::rounds;
@@ -20,20 +21,29 @@ use crate::sys::{self, Touched};
 use crate::task::Task;
 
 tests! {
-    "fault-around-present-neighbours" => present_neighbours,
-    "fault-around-for-guests" => for_guests,
-    "fault-around-leaves-absent-neighbours" => leaves_absent_neighbours,
-    "fault-around-made-absent-traps-again" => made_absent_traps_again,
-    "fault-around-stays-in-the-mapping" => stays_in_the_mapping,
-    "fault-around-shmem-page-by-page" => shmem_page_by_page,
-    "fault-around-while-pages-become-absent" => while_pages_become_absent,
+    "fault-around-present-neighbours-hugetlb" => || present_neighbours(Backing::Huge2M),
+    "fault-around-present-neighbours-shmem" => || present_neighbours(Backing::Shmem),
+    "fault-around-for-guests-hugetlb" => || for_guests(Backing::Huge2M),
+    "fault-around-for-guests-shmem" => || for_guests(Backing::Shmem),
+    "fault-around-leaves-absent-neighbours-hugetlb" => || leaves_absent_neighbours(Backing::Huge2M),
+    "fault-around-leaves-absent-neighbours-shmem" => || leaves_absent_neighbours(Backing::Shmem),
+    "fault-around-made-absent-traps-again-hugetlb" => || made_absent_traps_again(Backing::Huge2M),
+    "fault-around-made-absent-traps-again-shmem" => || made_absent_traps_again(Backing::Shmem),
+    "fault-around-stays-in-the-mapping-hugetlb" => || stays_in_the_mapping(Backing::Huge2M),
+    "fault-around-stays-in-the-mapping-shmem" => || stays_in_the_mapping(Backing::Shmem),
+    "fault-around-while-pages-become-absent-hugetlb" => || while_pages_become_absent(Backing::Huge2M),
+    "fault-around-while-pages-become-absent-shmem" => || while_pages_become_absent(Backing::Shmem),
 }
 
 /// An absent page, so that its block is not mapped by one entry.
 const ABSENT: u64 = 509;
 
-/// A memslot of two blocks, of each of which one page is absent.
+/// A memslot of two blocks, of each of which one page is absent. On shmem it is in small folios.
 fn nearly_whole(backing: Backing) -> Result<Arc<Slot>> {
+    let _folios = match backing {
+        Backing::Shmem => Some(Folios::set("never")?),
+        Backing::Huge2M | Backing::Huge1G => None,
+    };
     let slot = Slot::new(backing, 2 * BLOCK)?;
     for page in 0..2 * BLOCK {
         slot.fill(page, 1)?;
@@ -49,7 +59,7 @@ fn visited() -> impl Iterator<Item = u64> {
     (0..2 * BLOCK).filter(|page| page % BLOCK != ABSENT)
 }
 
-/// Whether an address is mapped, by /proc/self/pagemap. Of guest memory that says nothing (VM_PFNMAP).
+/// Whether an address is mapped, by /proc/self/pagemap. Of hugetlb that says nothing (VM_PFNMAP).
 fn is_mapped(at: *const u8) -> Result<bool> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut entry = [0; 8];
@@ -62,8 +72,8 @@ fn address(map: &GuestMap, page: u64) -> *mut u8 {
 }
 
 /// A process that reads on in order faults once for a window, and sees the right bytes.
-fn present_neighbours() -> Result {
-    let slot = nearly_whole(Backing::Huge2M)?;
+fn present_neighbours(backing: Backing) -> Result {
+    let slot = nearly_whole(backing)?;
     for page in visited() {
         slot.check(page, 1)?;
     }
@@ -87,8 +97,8 @@ fn present_neighbours() -> Result {
 }
 
 /// A guest has a fault of its own for each page, but the module has one for a window.
-fn for_guests() -> Result {
-    let slot = nearly_whole(Backing::Huge2M)?;
+fn for_guests(backing: Backing) -> Result {
+    let slot = nearly_whole(backing)?;
     let machine = slot.machine()?;
     let visit = Touch::new(GPA, Order::sequential(ABSENT)).hash();
     let mut expected = 0_u64;
@@ -103,8 +113,8 @@ fn for_guests() -> Result {
 }
 
 /// What is absent in the window is left out: it traps.
-fn leaves_absent_neighbours() -> Result {
-    let slot = nearly_whole(Backing::Huge2M)?;
+fn leaves_absent_neighbours(backing: Backing) -> Result {
+    let slot = nearly_whole(backing)?;
     let absent = [18, 21, 22, 31];
     for page in absent {
         slot.mark(State::Absent, page)?;
@@ -129,8 +139,8 @@ fn leaves_absent_neighbours() -> Result {
 }
 
 /// What was mapped as a neighbour is unmapped like everything else.
-fn made_absent_traps_again() -> Result {
-    let slot = nearly_whole(Backing::Huge2M)?;
+fn made_absent_traps_again(backing: Backing) -> Result {
+    let slot = nearly_whole(backing)?;
     slot.check(40, 1)?;
     for page in [32, 41, 47] {
         let faults = slot.counter("faults")?;
@@ -151,8 +161,8 @@ fn made_absent_traps_again() -> Result {
 }
 
 /// A mapping of a part of the memslot: nothing is mapped outside it, wherever the window reaches.
-fn stays_in_the_mapping() -> Result {
-    let slot = nearly_whole(Backing::Huge2M)?;
+fn stays_in_the_mapping(backing: Backing) -> Result {
+    let slot = nearly_whole(backing)?;
     // (first page, pages, where in a block of addresses): in step and out of it; the last crosses a page table.
     for (first, pages, into) in [
         (5, 9, 5),
@@ -210,25 +220,11 @@ fn stays_in_the_mapping() -> Result {
     Ok(())
 }
 
-/// On shmem a fault maps its own page and no other.
-fn shmem_page_by_page() -> Result {
-    let slot = Slot::new(Backing::Shmem, BLOCK)?;
-    for page in 0..BLOCK {
-        slot.fill(page, 1)?;
-    }
-    slot.mark_range(State::Present, PageRange::new(0, BLOCK))?;
-    for page in (0..BLOCK).step_by(2).chain((1..BLOCK).step_by(2)) {
-        slot.check(page, 1)?;
-    }
-    ensure_eq!(slot.counter("faults")?, BLOCK, "faults of pages");
-    Ok(())
-}
-
 /// Threads read windows while pages of them become absent, are changed and become present: nobody ever reads
 /// a version of the past.
-fn while_pages_become_absent() -> Result {
+fn while_pages_become_absent(backing: Backing) -> Result {
     const PAGES: u64 = 4 * WINDOW;
-    let slot = nearly_whole(Backing::Huge2M)?;
+    let slot = nearly_whole(backing)?;
     let stop = Arc::new(AtomicBool::new(false));
     let mut readers = Vec::new();
     let mut seen = Vec::new();
