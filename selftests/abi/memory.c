@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Invariant 8, who pays for memory. Pages of shmem are not pinned: they count in the memory
- * cgroup of who touches them, not for RLIMIT_MEMLOCK, and punching them out frees them. Huge
- * pages of hugetlb come out of its pool.
+ * Invariant 8, who pays for memory. Pages of shmem are not pinned: they do not count for
+ * RLIMIT_MEMLOCK, and punching them out frees them. Huge pages of hugetlb come out of its pool.
+ * Memory cgroups are tested in behaviour/src/tests/native_memcg.rs.
  */
 #include "test.h"
 
@@ -10,7 +10,6 @@
 
 #define PAGES	64
 #define USER	40001
-#define CGROUPS	"/sys/fs/cgroup/"
 
 /*
  * A VM of a user who may lock no memory and has no capabilities. The node of the device belongs
@@ -154,69 +153,6 @@ TEST(native_hole_under_a_present_page_is_zeros)
 	/* And it is the memfd's memory again. */
 	EXPECT_EQ(0, touch_write(s.guest + 5 * PAGE, 0x55));
 	EXPECT_EQ(0x55, s.alias[5 * PAGE]);
-}
-
-/* A new memory cgroup; false if there can be none. */
-static bool group_make(char *path, size_t len)
-{
-	char file[128];
-
-	write_text(CGROUPS "cgroup.subtree_control", "+memory");
-	snprintf(path, len, CGROUPS "kdp-memory-%d", getpid());
-	if (mkdir(path, 0755))
-		return false;
-	snprintf(file, sizeof(file), "%s/memory.current", path);
-	if (!access(file, R_OK))
-		return true;
-	rmdir(path);
-	return false;
-}
-
-static long group_pages(const char *path)
-{
-	char file[128];
-
-	snprintf(file, sizeof(file), "%s/memory.current", path);
-	return read_number(file) / (long)PAGE;
-}
-
-/* A process of a cgroup touches all pages; its exit code. */
-static int touch_in(const char *group, struct slot *s)
-{
-	char file[128];
-	pid_t child;
-
-	snprintf(file, sizeof(file), "%s/cgroup.procs", group);
-	child = fork();
-	if (!child) {
-		if (!write_text(file, "0"))
-			_exit(1);
-		_exit(touch_all(s) == s->pages ? 0 : 2);
-	}
-	return child_status(child);
-}
-
-TEST(native_memory_is_charged_to_who_touches)
-{
-	const long pages = 2048;
-	int vm = vm_open(_metadata);
-	struct slot s = slot_new(_metadata, vm, 1, pages, KDP_MEMSLOT_PAGING);
-	long charged, left;
-	char group[64];
-
-	if (!group_make(group, sizeof(group)))
-		SKIP(return, "there is no cgroup2 with a memory controller");
-	EXPECT_MARK(pages / 2, &s, KDP_STATE_PRESENT, 0, pages / 2);
-	EXPECT_MARK(pages / 2, &s, KDP_STATE_ZERO, pages / 2, pages / 2);
-	EXPECT_EQ(0, touch_in(group, &s));
-	charged = group_pages(group);
-	EXPECT_LE(pages, charged);
-	/* A few pages may be held back by the CPUs' caches of the kernel. */
-	EXPECT_MARK(pages, &s, KDP_STATE_ABSENT, 0, pages);
-	ASSERT_EQ(0, punch(&s, 0, pages));
-	left = group_pages(group);
-	EXPECT_GE(charged - pages / 2, left);
-	rmdir(group);
 }
 
 TEST(limit_hugetlb_is_not_charged)

@@ -3,6 +3,8 @@
 //! Block devices that are files.
 
 use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -41,5 +43,61 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         // A test that has failed is not to fail for this instead.
         let _ = Command::new("losetup").args(["-d", &self.path]).output();
+    }
+}
+
+/// A block device, which the kernel accesses by direct I/O.
+pub struct Disk {
+    /// The device.
+    pub device: LoopDevice,
+    /// The file that holds its bytes.
+    pub image: String,
+}
+
+impl Disk {
+    /// One of so many bytes, all zeros.
+    pub fn new(bytes: u64) -> Result<Self> {
+        let image = format!("/dev/shm/kdp-disk-{}", std::process::id());
+        File::create(&image)?.set_len(bytes)?;
+        let device = LoopDevice::of(&image)?;
+        Ok(Self { device, image })
+    }
+
+    /// Opens it for direct I/O.
+    pub fn open(&self) -> Result<File> {
+        Ok(OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(&self.device.path)?)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // A file that is left costs the next test nothing.
+        let _ = fs::remove_file(&self.image);
+    }
+}
+
+/// Swap space on a disk, in use until this is dropped.
+pub struct Swap(Disk);
+
+impl Swap {
+    /// So many bytes, and a header.
+    pub fn on(bytes: u64) -> Result<Self> {
+        let disk = Disk::new(bytes + 4096)?;
+        for command in ["mkswap", "swapon"] {
+            let output = Command::new(command).arg(&disk.device.path).output()?;
+            ensure!(output.status.success(), "{command}: {output:?}");
+        }
+        Ok(Self(disk))
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        // As for the loop device.
+        let _ = Command::new("swapoff").arg(&self.0.device.path).output();
     }
 }

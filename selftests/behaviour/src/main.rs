@@ -12,6 +12,7 @@
 #[macro_use]
 mod check;
 mod busy;
+mod cgroup;
 mod content;
 mod emulator;
 mod guest;

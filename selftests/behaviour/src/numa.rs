@@ -184,23 +184,34 @@ pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     })
 }
 
-/// The frames of pages of this process, side by side. A page that is just being moved has none for a moment.
-pub fn frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
-    let pagemap = fs::File::open("/proc/self/pagemap")?;
+/// The frames that the page tables of this process have, of pages side by side; 0 where there is none.
+pub fn mapped_frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
     let mut entries = vec![0; pages as usize * 8];
+    let pagemap = fs::File::open("/proc/self/pagemap")?;
+    pagemap.read_exact_at(&mut entries, at as u64 / PAGE * 8)?;
+    Ok(words(&entries)
+        .map(|entry| match entry & PRESENT {
+            0 => 0,
+            _ => entry & FRAME,
+        })
+        .collect())
+}
+
+/// The frames of pages of this process, side by side, all of them: pages without one are read first. A page that is
+/// just being moved has none for a moment.
+pub fn frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
     let mut frames = Vec::new();
     until("all pages are in memory", || {
-        pagemap.read_exact_at(&mut entries, at as u64 / PAGE * 8)?;
-        frames = words(&entries)
-            .map(|entry| (entry >> 63) * (entry & ((1 << 55) - 1)))
-            .collect();
-        let missing: Vec<u64> = (0..pages)
-            .filter(|&page| frames[page as usize] == 0)
-            .collect();
-        for page in &missing {
+        frames = mapped_frames(at, pages)?;
+        let missing = (0..pages).filter(|&page| frames[page as usize] == 0);
+        let mut all = true;
+        for page in missing {
+            all = false;
             sys::load(at.wrapping_add((page * PAGE) as usize).cast());
         }
-        Ok(missing.is_empty())
+        Ok(all)
     })?;
     Ok(frames)
 }

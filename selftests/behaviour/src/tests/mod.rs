@@ -32,6 +32,7 @@ mod native_async;
 mod native_process;
 mod native_ptrace;
 mod nested;
+mod native_memcg;
 mod notify;
 mod notify_killed;
 mod pin;
@@ -77,6 +78,7 @@ pub fn all() -> impl Iterator<Item = &'static Test> {
         native_process::TESTS,
         native_async::TESTS,
         native_ptrace::TESTS,
+        native_memcg::TESTS,
         hint::TESTS,
         poison::TESTS,
         // Before the test after which the kernel makes no frame good any more.

@@ -4,9 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
-use std::process::Command;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +15,7 @@ use crate::check::{skip, Result};
 use crate::content;
 use crate::guest;
 use crate::handler::Handler;
-use crate::loop_device::LoopDevice;
+use crate::loop_device::Disk;
 use crate::numa::{self, Setting};
 use crate::slot::{words_at, Slot, BLOCK, GPA, ID, PAGE};
 use crate::sys::{self, Child, Ended, Touched};
@@ -25,7 +23,6 @@ use crate::task::{until, Task};
 
 tests! {
     "native-nothing-is-pinned" => nothing_is_pinned,
-    "native-charged-to-who-touches" => charged_to_who_touches,
     "native-process-vm-readv-waits" => process_vm_readv_waits,
     "native-proc-mem-reads-and-writes" => proc_mem,
     "native-direct-io-both-ways" => direct_io,
@@ -33,7 +30,6 @@ tests! {
     "native-private-copies-stay" => private_copies_stay,
     "native-private-write-fetches-first" => private_write_fetches_first,
     "native-fork-shares-and-copies" => fork_shares_and_copies,
-    "native-swapped-pages-come-back" => swapped_pages_come_back,
     "native-pages-move" => pages_move,
     "native-no-neighbour-is-mapped" => no_neighbour_is_mapped,
     "native-blocks-are-mapped-by-one-entry" => blocks_are_mapped_by_one_entry,
@@ -73,65 +69,6 @@ fn nothing_is_pinned() -> Result {
     ensure_eq!(slot.counter("pinned-pages")?, 0, "pinned pages");
     ensure_eq!(slot.counter("faults")?, PAGES, "faults");
     Ok(())
-}
-
-/// A memory cgroup, removed when this is dropped.
-struct Group(PathBuf);
-
-impl Group {
-    const ROOT: &str = "/sys/fs/cgroup";
-
-    fn new() -> Result<Self> {
-        let controllers = fs::read_to_string(format!("{}/cgroup.controllers", Self::ROOT));
-        if !controllers.is_ok_and(|all| all.contains("memory")) {
-            return skip("there is no cgroup2 with memory");
-        }
-        let control = format!("{}/cgroup.subtree_control", Self::ROOT);
-        fs::write(control, "+memory")?;
-        let group = Self(format!("{}/kdp-{}", Self::ROOT, std::process::id()).into());
-        fs::create_dir(&group.0)?;
-        Ok(group)
-    }
-
-    /// A number of bytes that the cgroup tells.
-    fn bytes(&self, file: &str) -> Result<u64> {
-        Ok(fs::read_to_string(self.0.join(file))?.trim().parse()?)
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // What stays is a cgroup without a process.
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
-/// Pages are charged to the memory cgroup of the process that touches them, not to that of the VM.
-fn charged_to_who_touches() -> Result {
-    const PAGES: u64 = 4 * BLOCK;
-    let group = Group::new()?;
-    let slot = native(PAGES)?;
-    slot.mark_range(State::Zero, PageRange::new(0, PAGES))?;
-    let mut child = Child::fork(|| {
-        fs::write(group.0.join("cgroup.procs"), std::process::id().to_string())?;
-        for page in 0..PAGES {
-            ensure_eq!(
-                sys::load(slot.address(page)),
-                Touched::Value(0),
-                "page {page}"
-            );
-        }
-        Ok(())
-    })?;
-    child.join(Duration::from_secs(60))?;
-    let (charged, bytes) = (group.bytes("memory.current")?, PAGES * PAGE);
-    ensure!(charged >= bytes, "{charged} bytes are charged of {bytes}");
-    // What is charged is given back with the memory.
-    slot.mark_range(State::Absent, PageRange::new(0, PAGES))?;
-    slot.memfd.punch_hole(PageRange::new(0, PAGES))?;
-    until("the charge is given back", || {
-        Ok(group.bytes("memory.current")? < bytes / 4)
-    })
 }
 
 /// Memory of another process, by process_vm_readv(2), of this one.
@@ -194,57 +131,6 @@ fn proc_mem() -> Result {
         "errno of a read of an absent page"
     );
     slot.no_event()
-}
-
-/// A block device, which the kernel accesses by direct I/O.
-struct Disk {
-    device: LoopDevice,
-    image: String,
-}
-
-impl Disk {
-    fn new(bytes: u64) -> Result<Self> {
-        let image = format!("/dev/shm/kdp-disk-{}", std::process::id());
-        File::create(&image)?.set_len(bytes)?;
-        let device = LoopDevice::of(&image)?;
-        Ok(Self { device, image })
-    }
-
-    fn open(&self) -> Result<File> {
-        Ok(OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(&self.device.path)?)
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // A file that is left costs the next test nothing.
-        let _ = fs::remove_file(&self.image);
-    }
-}
-
-/// A disk that the kernel swaps to. It is switched off when this is dropped.
-pub(super) struct Swap(Disk);
-
-impl Swap {
-    pub(super) fn on(bytes: u64) -> Result<Self> {
-        let swap = Self(Disk::new(bytes)?);
-        for command in ["mkswap", "swapon"] {
-            let output = Command::new(command).arg(&swap.0.device.path).output()?;
-            ensure!(output.status.success(), "{command}: {output:?}");
-        }
-        Ok(swap)
-    }
-}
-
-impl Drop for Swap {
-    fn drop(&mut self) {
-        // A test that has failed is not to fail for this instead.
-        let _ = Command::new("swapoff").arg(&self.0.device.path).status();
-    }
 }
 
 /// From absent pages to a disk, and from the disk to absent pages.
@@ -455,29 +341,6 @@ fn resident(slot: &Slot) -> Result<u64> {
     Ok(there.iter().map(|byte| u64::from(byte & 1)).sum())
 }
 
-fn swapped_pages_come_back() -> Result {
-    const BYTES: u64 = 8 << 20;
-    let slot = native(4 * BLOCK)?;
-    let _swap = Swap::on(2 * BYTES)?;
-    for round in 1..=3 {
-        for page in 0..slot.guest.pages() {
-            slot.mark(State::Absent, page)?;
-            // Not by the alias mapping: the kernel does not page out what is mapped twice.
-            slot.vm.place(ID, page, &content::bytes(page, round))?;
-            slot.check(page, round)?;
-        }
-        until("most pages are swapped out", || {
-            let len = (slot.guest.pages() * PAGE) as usize;
-            sys::advise(slot.address(0).cast(), len, libc::MADV_PAGEOUT)?;
-            Ok(smaps(slot.address(0), "Swap")? > slot.guest.pages() * 3 / 4)
-        })?;
-        for page in 0..slot.guest.pages() {
-            slot.check(page, round)?;
-        }
-    }
-    Ok(())
-}
-
 /// move_pages(2) moves pages, and their bytes with them.
 fn pages_move() -> Result {
     numa::need_nodes()?;
@@ -503,17 +366,11 @@ fn pages_move() -> Result {
     slot.no_event()
 }
 
-/// Pages of the mapping that the page tables have, by /proc/self/pagemap.
+/// Pages of the mapping that the page tables have.
 fn mapped(slot: &Slot) -> Result<Vec<u64>> {
-    const PRESENT: u64 = 1 << 63;
-    let mut entries = vec![0; slot.guest.pages() as usize * 8];
-    let pagemap = File::open("/proc/self/pagemap")?;
-    pagemap.read_exact_at(&mut entries, slot.address(0) as u64 / PAGE * 8)?;
-    let entries = (0..).zip(numa::words(&entries));
-    Ok(entries
-        .filter(|(_, entry)| entry & PRESENT != 0)
-        .map(|(page, _)| page)
-        .collect())
+    let frames = numa::mapped_frames(slot.guest.as_ptr(), slot.guest.pages())?;
+    let has_frame = |page: &u64| frames[*page as usize] != 0;
+    Ok((0..slot.guest.pages()).filter(has_frame).collect())
 }
 
 /// Of a folio of 2 MiB only the page is mapped that was touched, whatever asks for more.

@@ -14,11 +14,12 @@ use kdp_vmm::linux::{PageRequester, Paged, Ram};
 use kdp_vmm::{Stop, Vcpu};
 use kvm_demand_paging::PageRange;
 
-use super::native::{make_private, native, smaps, Swap};
+use super::native::{make_private, native, smaps};
 use crate::check::Result;
 use crate::content;
 use crate::guest;
 use crate::linux::{self, Console, Snapshot};
+use crate::loop_device::Swap;
 use crate::slot::{counter, next_event, Slot, GPA, PAGE};
 use crate::sys::{self, Child, Ended};
 use crate::task::{until, Task};

@@ -17,6 +17,7 @@ use std::time::Duration;
 use kvm_demand_paging::{AliasMap, Backing, Memfd, PageRange, Paging};
 
 use crate::busy::Busy;
+use crate::cgroup::Cgroup;
 use crate::check::{skip, Result};
 use crate::numa::{self, Setting};
 use crate::slot::{need_huge_pages, Slot, BLOCK, ID, PAGE};
@@ -287,49 +288,15 @@ fn migrate_pages(scene: &Scene) -> Result {
     scene.until_twin_is_moved(|| Ok(numa::migrate(FROM, TO)?))
 }
 
-/// A cgroup for this process, with cpuset; it is left again when this is dropped.
-struct Group(PathBuf);
-
-impl Group {
-    const ROOT: &str = "/sys/fs/cgroup";
-
-    fn enter() -> Result<Self> {
-        let controllers = format!("{}/cgroup.controllers", Self::ROOT);
-        if !fs::read_to_string(controllers).is_ok_and(|all| all.contains("cpuset")) {
-            return skip("there is no cgroup2 with cpusets");
-        }
-        fs::write(format!("{}/cgroup.subtree_control", Self::ROOT), "+cpuset")?;
-        let group = Self(format!("{}/kdp-{}", Self::ROOT, std::process::id()).into());
-        fs::create_dir(&group.0)?;
-        group.set("cpuset.mems", FROM)?;
-        group.set("cgroup.procs", std::process::id())?;
-        Ok(group)
-    }
-
-    fn set(&self, file: &str, value: u32) -> Result {
-        Ok(fs::write(self.0.join(file), value.to_string())?)
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // What stays is a cgroup without a process.
-        let _ = fs::write(
-            format!("{}/cgroup.procs", Self::ROOT),
-            std::process::id().to_string(),
-        );
-        let _ = fs::remove_dir(&self.0);
-        let _ = fs::write(format!("{}/cgroup.subtree_control", Self::ROOT), "-cpuset");
-    }
-}
-
 /// The process is confined to the memory of the other node.
 fn cpuset(scene: &Scene) -> Result {
-    let group = Group::enter()?;
+    let cgroup = Cgroup::new("cpuset")?;
+    cgroup.set("cpuset.mems", FROM)?;
+    cgroup.enter()?;
     scene.until_twin_is_moved(|| {
         // What is set already is no request; the move is done in the kernel's own time.
-        group.set("cpuset.mems", FROM)?;
-        group.set("cpuset.mems", TO)?;
+        cgroup.set("cpuset.mems", FROM)?;
+        cgroup.set("cpuset.mems", TO)?;
         thread::sleep(Duration::from_millis(200));
         Ok(())
     })

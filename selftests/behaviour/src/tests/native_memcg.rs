@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Native memory and the kernel's limits: which memory cgroup is charged, what happens at memory.max, swap.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use kdp_vmm::{Order, Touch};
+use kvm_demand_paging::{abi, PageRange, State};
+
+use super::native::{native, smaps};
+use crate::busy::Busy;
+use crate::cgroup::Cgroup;
+use crate::check::Result;
+use crate::content;
+use crate::guest;
+use crate::handler::Handler;
+use crate::loop_device::Swap;
+use crate::shared::Shared;
+use crate::slot::{need_kvm, Slot, BLOCK, GPA, ID, PAGE};
+use crate::sys::{self, Child, Ended};
+use crate::task::until;
+
+tests! {
+    "native-memcg-charges-who-touches" => charges_who_touches,
+    "native-memcg-place-at-the-limit-is-enomem" => || place_at_the_limit(OnLimit::Fails),
+    "native-memcg-oom-kills-who-places" => || place_at_the_limit(OnLimit::Kills),
+    "native-memcg-oom-kills-who-touches" => || oom_kills(process_touches),
+    "native-memcg-oom-kills-a-vcpu" => || oom_kills(vcpu_touches),
+    "native-swapped-pages-come-back" => swapped_pages_come_back,
+}
+
+const MIB: u64 = 1 << 20;
+
+/// How long a child may take.
+const LONG: Duration = Duration::from_secs(60);
+
+/// What the kernel may charge beside the pages: what each CPU has in stock (MEMCG_CHARGE_BATCH), page tables, the memory
+/// of a process.
+const SLACK: u64 = 4 * MIB;
+
+/// A cgroup with a limit, and without swap.
+fn limited(bytes: u64) -> Result<Cgroup> {
+    let cgroup = Cgroup::new("memory")?;
+    cgroup.set("memory.max", bytes)?;
+    cgroup.set("memory.swap.max", 0)?;
+    Ok(cgroup)
+}
+
+/// The memory cgroup of the process that touches a page is charged, or that of who places it; no other one.
+fn charges_who_touches() -> Result {
+    const PART: u64 = 4 * BLOCK;
+    const BYTES: u64 = PART * PAGE;
+    let vmm = Cgroup::new("memory")?;
+    let toucher = limited(2 * BYTES + SLACK)?;
+    vmm.enter()?;
+    let slot = native(3 * PART)?;
+    // Two parts for who touches: holes, and zero pages. One for who places.
+    slot.mark_range(State::Present, PageRange::new(0, PART))?;
+    slot.mark_range(State::Zero, PageRange::new(PART, PART))?;
+    let before = vmm.number("memory.current")?;
+    let mut child = Child::fork(|| {
+        toucher.enter()?;
+        for page in 0..2 * PART {
+            ensure_eq!(slot.words(page)?, [0; content::WORDS], "page {page}");
+            slot.guest.write(page, &content::bytes(page, 1))?;
+        }
+        Ok(())
+    })?;
+    child.join(LONG)?;
+    let charged = vmm.number("memory.peak")?;
+    ensure!(
+        charged < before + SLACK,
+        "{before} bytes were charged to the VMM, and {charged} after another process had touched its memory"
+    );
+    let peak = toucher.number("memory.peak")?;
+    ensure!(
+        (2 * BYTES..=2 * BYTES + SLACK).contains(&peak),
+        "{peak} bytes were charged to who touched {}",
+        2 * BYTES
+    );
+    ensure_eq!(
+        toucher.entry("memory.events", "max")?,
+        0,
+        "how often the limit was reached"
+    );
+    for page in 2 * PART..3 * PART {
+        slot.vm.place(ID, page, &content::bytes(page, 1))?;
+    }
+    let charged = vmm.number("memory.peak")?;
+    ensure!(
+        (BYTES..before + BYTES + SLACK).contains(&charged),
+        "{charged} bytes were charged to who placed {BYTES}, and {before} before that"
+    );
+    // What is in memory is charged to nobody else who touches it.
+    for page in 0..3 * PART {
+        slot.check(page, 1)?;
+    }
+    ensure!(
+        vmm.number("memory.peak")? < charged + SLACK,
+        "who touches what is there is charged"
+    );
+    // The charge goes with the memory.
+    slot.mark_range(State::Absent, PageRange::new(0, 3 * PART))?;
+    slot.memfd.punch_hole(PageRange::new(0, 3 * PART))?;
+    until("the charges are given back", || {
+        Ok(toucher.number("memory.current")? < SLACK
+            && vmm.number("memory.current")? < before + SLACK)
+    })
+}
+
+/// Bytes that a process may have which wants more.
+const LIMIT: u64 = 16 * MIB;
+
+/// Pages of its VM's memslot.
+const WANTED: u64 = 2 * LIMIT / PAGE;
+
+/// A process writes to pages in order.
+fn process_touches(slot: &Slot) -> Result {
+    for page in 0..WANTED {
+        slot.guest.write(page, &content::bytes(page, 1))?;
+    }
+    Ok(())
+}
+
+/// A vCPU does.
+fn vcpu_touches(slot: &Slot) -> Result {
+    let touch = Touch::new(GPA, Order::sequential(WANTED)).write(1);
+    guest::run(
+        &mut slot.machine()?.vcpu(0, &touch.program())?,
+        guest::no_fault,
+    )
+    .map(drop)
+}
+
+/// Waits for a word that another process sets.
+fn wait_for(shared: &Shared, index: usize) {
+    while shared.at(index).load(Ordering::Acquire) == 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A process that has more guest memory than its cgroup may have is killed, and no other process; what it wrote is
+/// there, and others go on.
+fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
+    need_kvm()?;
+    let (cgroup, other) = (limited(LIMIT)?, Cgroup::new("memory")?);
+    let slot = native(WANTED)?;
+    slot.mark_range(State::Zero, PageRange::new(1, WANTED - 1))?;
+    let go = Shared::new(2)?;
+    let mut bystander = Child::fork(|| {
+        cgroup.enter()?;
+        go.at(1).store(1, Ordering::Release);
+        loop {
+            // SAFETY: it takes no pointer.
+            unsafe { libc::pause() };
+        }
+    })?;
+    let mut victim = Child::fork(|| {
+        cgroup.enter()?;
+        wait_for(&go, 0);
+        touches(&slot)
+    })?;
+    wait_for(&go, 1);
+    other.enter()?;
+    let zeros = |slot: &Arc<Slot>| {
+        let placing = slot.clone();
+        Handler::start(slot, move |event| {
+            placing.vm.place(ID, event.page, &[0; PAGE as usize])?;
+            Ok(())
+        })
+    };
+    let handler = zeros(&slot)?;
+    let neighbour = native(BLOCK)?;
+    let its_handler = zeros(&neighbour)?;
+    let busy = Busy::start(&neighbour)?;
+
+    go.at(0).store(1, Ordering::Release);
+    let ended = victim.wait(LONG)?;
+    ensure_eq!(
+        ended,
+        Ended::Signal(libc::SIGKILL),
+        "the end of who touches"
+    );
+    ensure_eq!(handler.events(), 1, "pages that were asked for");
+    ensure_eq!(
+        cgroup.entry("memory.events", "oom_kill")?,
+        1,
+        "processes of its cgroup that were killed"
+    );
+    ensure!(
+        bystander.wait(Duration::ZERO).is_err(),
+        "another process of its cgroup was killed"
+    );
+    ensure_eq!(
+        other.entry("memory.events", "oom_kill")?,
+        0,
+        "processes of the other cgroup that were killed"
+    );
+    let peak = cgroup.number("memory.peak")?;
+    ensure!(
+        peak <= LIMIT,
+        "{peak} bytes were charged, and {LIMIT} allowed"
+    );
+
+    // It wrote the same to all pages up to one, and nothing after that.
+    let touch = Touch::new(GPA, Order::sequential(WANTED)).write(1);
+    let mut written = 0;
+    for page in 0..WANTED {
+        let words = slot.words(page)?;
+        let is_written = content::check(&words, page, 1).is_ok()
+            || (Some(words[0]) == touch.written(page) && words[1..] == [0; content::WORDS - 1]);
+        if is_written && written == page {
+            written += 1;
+        }
+        // The one in whose midst it was killed may have a part.
+        ensure!(
+            is_written || page == written || words == [0; content::WORDS],
+            "page {page}, behind {written} written ones, holds {:x?}...",
+            &words[..4]
+        );
+    }
+    ensure!(
+        (LIMIT / 2 / PAGE..LIMIT / PAGE).contains(&written),
+        "it wrote {written} pages"
+    );
+    // Its page handler goes on, and the other VM.
+    slot.mark(State::Absent, 7)?;
+    ensure_eq!(slot.words(7)?, [0; content::WORDS], "page 7, placed anew");
+    busy.goes_on(2)?;
+    busy.end()?;
+    bystander.kill(libc::SIGKILL)?;
+    handler.stop()?;
+    its_handler.stop()
+}
+
+/// What becomes of a process at its cgroup's limit.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnLimit {
+    /// It may be killed.
+    Kills,
+    /// It may not: what it wants fails.
+    Fails,
+}
+
+/// A page handler places pages until its cgroup may have no more. Each page is placed or absent, and can be placed when
+/// there is memory.
+fn place_at_the_limit(on_limit: OnLimit) -> Result {
+    /// Pages that are placed by one call.
+    const BATCH: u64 = 8;
+    /// What the page handler tells: pages that are done, the errno of a call, and whether to go on.
+    const DONE: usize = 0;
+    const ERRNO: usize = 1;
+    const GO: usize = 2;
+    let cgroup = limited(LIMIT)?;
+    let slot = native(WANTED)?;
+    let shared = Shared::new(3)?;
+    let mut handler = Child::fork(|| {
+        if on_limit == OnLimit::Fails {
+            fs::write("/proc/self/oom_score_adj", "-1000")?;
+        }
+        cgroup.enter()?;
+        // At the limit this process gets no memory: it takes none then.
+        let mut data = vec![0; (BATCH * PAGE) as usize];
+        let mut place = |first: u64| {
+            for (page, bytes) in (first..).zip(data.chunks_exact_mut(PAGE as usize)) {
+                bytes.copy_from_slice(&content::bytes(page, 1));
+            }
+            let mut call = abi::kdp_place {
+                size: size_of::<abi::kdp_place>() as u32,
+                slot_id: ID,
+                first,
+                count: BATCH,
+                data: data.as_ptr() as u64,
+                ..Default::default()
+            };
+            let fd = slot.vm.as_fd().as_raw_fd();
+            // SAFETY: the call reads and writes its argument, and reads `data`, which is as long.
+            let ret = unsafe { libc::ioctl(fd, abi::KDP_PLACE.into(), &raw mut call) };
+            let errno = sys::check(ret).err().and_then(|e| e.raw_os_error());
+            (call.done, errno)
+        };
+        for first in (0..WANTED).step_by(BATCH as usize) {
+            let (done, errno) = place(first);
+            shared.at(DONE).store(first + done, Ordering::Release);
+            if let Some(errno) = errno {
+                shared.at(ERRNO).store(errno as u64, Ordering::Release);
+                wait_for(&shared, GO);
+                ensure_eq!(place(first), (BATCH, None), "the same call, with memory");
+                return Ok(());
+            }
+        }
+        fail!("it has placed all pages")
+    })?;
+    if on_limit == OnLimit::Kills {
+        let ended = handler.wait(LONG)?;
+        ensure_eq!(
+            ended,
+            Ended::Signal(libc::SIGKILL),
+            "the page handler's end"
+        );
+    } else {
+        wait_for(&shared, ERRNO);
+        let errno = shared.at(ERRNO).load(Ordering::Acquire);
+        ensure_eq!(errno, libc::ENOMEM as u64, "errno of KDP_PLACE");
+    }
+    let placed = slot.memslot.bitmap()?.count();
+    ensure!(
+        (LIMIT / 2 / PAGE..LIMIT / PAGE).contains(&placed),
+        "{placed} pages were placed"
+    );
+    let done = shared.at(DONE).load(Ordering::Acquire);
+    if on_limit == OnLimit::Fails {
+        ensure_eq!(placed, done, "pages that are present");
+    }
+    for page in 0..placed {
+        slot.check(page, 1)?;
+    }
+    slot.no_event()?;
+    // The page that there was no memory for.
+    let mut reader = slot.checker(placed, 1)?;
+    let event = slot.event()?;
+    ensure_eq!(event.page, placed, "the page that was asked for");
+    reader.still_waits("a read of the page that was not placed")?;
+    if on_limit == OnLimit::Fails {
+        cgroup.set("memory.max", 2 * LIMIT)?;
+        shared.at(GO).store(1, Ordering::Release);
+        handler.join(LONG)?;
+    } else {
+        slot.vm.place(ID, placed, &content::bytes(placed, 1))?;
+    }
+    reader.join("who waits for the page")
+}
+
+fn swapped_pages_come_back() -> Result {
+    let slot = native(4 * BLOCK)?;
+    let _swap = Swap::on(16 * MIB)?;
+    for round in 1..=3 {
+        for page in 0..slot.guest.pages() {
+            slot.mark(State::Absent, page)?;
+            // Not by the alias mapping: the kernel does not page out what is mapped twice.
+            slot.vm.place(ID, page, &content::bytes(page, round))?;
+            slot.check(page, round)?;
+        }
+        until("most pages are swapped out", || {
+            let len = (slot.guest.pages() * PAGE) as usize;
+            sys::advise(slot.address(0).cast(), len, libc::MADV_PAGEOUT)?;
+            Ok(smaps(slot.address(0), "Swap")? > slot.guest.pages() * 3 / 4)
+        })?;
+        for page in 0..slot.guest.pages() {
+            slot.check(page, round)?;
+        }
+    }
+    Ok(())
+}
