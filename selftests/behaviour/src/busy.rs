@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! A busy guest: vCPUs that count in every page, and notice each write that is lost.
+//!
+//! Each vCPU has a word of its own in each page, by which the pages' first words go.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-use kdp_vmm::{guest_code, GuestProgram, Machine, PORT_REPORT};
+use kdp_vmm::{guest_code, GuestProgram, Machine, Order, PORT_REPORT};
 
 use crate::check::Result;
 use crate::guest::{self, gpa};
@@ -15,7 +17,7 @@ use crate::sys::{self, Touched};
 use crate::task::{until, Task};
 
 /// vCPUs: one on each of two NUMA nodes.
-const VCPUS: u64 = 2;
+pub const VCPUS: u64 = 2;
 
 /// How far apart their CPUs are.
 const CPUS_APART: u64 = 2;
@@ -23,26 +25,27 @@ const CPUS_APART: u64 = 2;
 /// Where the guest has what it shares with the test.
 const BOOKS_GPA: u64 = 1 << 36;
 
-/// Words for each vCPU: the rounds that it has done; whether to stop.
+/// Words for each vCPU: the rounds that it has done; whether to stop; behind them where its words
+/// are, in the order in which it visits them.
 const BOOKS: usize = 2;
 
 /// Goes through the memory, round by round, until it is told to stop. In round n each page's word of this vCPU must be
 /// n - 1, and becomes n. Reports the rounds in the end, or what it has found instead: pages left, value, round.
-fn count(memory: u64, pages: u64, books: u64) -> GuestProgram {
+fn count(pages: u64, books: u64) -> GuestProgram {
     let code = guest_code!(
-        "mov r8, [rdi]",        // the first word
-        "mov r11, [rdi + 8]",   // pages
-        "mov r10, [rdi + 16]",  // the books
+        "mov r11, [rdi]",       // pages
+        "mov r10, [rdi + 8]",   // the books
         "xor r12d, r12d",       // the round
         "2: mov rbx, r12",
         "inc r12",
-        "mov rsi, r8",
+        "lea r8, [r10 + 16]",   // where its words are
         "mov rcx, r11",
-        "3: mov rax, [rsi]",
+        "3: mov rsi, [r8]",
+        "mov rax, [rsi]",
         "cmp rax, rbx",
         "jne 5f",
         "mov [rsi], r12",
-        "add rsi, 4096",
+        "add r8, 8",
         "dec rcx",
         "jnz 3b",
         "mov [r10], r12",
@@ -61,10 +64,10 @@ fn count(memory: u64, pages: u64, books: u64) -> GuestProgram {
         "hlt";
         report = PORT_REPORT
     );
-    GuestProgram::new(code).params(&[memory, pages, books])
+    GuestProgram::new(code).params(&[pages, books])
 }
 
-/// A guest that counts in the memory of a slot, whose pages are zeros at first.
+/// A guest that counts in the memory of a slot, whose pages' first words are zeros at first.
 pub struct Busy {
     slot: Arc<Slot>,
     books: Shared,
@@ -74,15 +77,30 @@ pub struct Busy {
 impl Busy {
     /// Returns when each page has been written by each vCPU.
     pub fn start(slot: &Arc<Slot>) -> Result<Self> {
+        let busy = Self::start_in_order(slot, |_| Order::sequential(slot.guest.pages()))?;
+        busy.goes_on(1)?;
+        Ok(busy)
+    }
+
+    /// Returns at once. Each vCPU visits the pages in an order of its own.
+    pub fn start_in_order(slot: &Arc<Slot>, order: impl Fn(u64) -> Order) -> Result<Self> {
+        let pages = slot.guest.pages();
         let machine: Machine = slot.machine()?;
-        let books = Shared::new(BOOKS * VCPUS as usize)?;
-        machine.map(BOOKS_GPA, books.memory())?;
-        let mut vcpus = Vec::new();
+        let mut busy = Self {
+            slot: slot.clone(),
+            books: Shared::new(VCPUS as usize * Self::words(pages))?,
+            vcpus: Vec::new(),
+        };
+        machine.map(BOOKS_GPA, busy.books.memory())?;
         for number in 0..VCPUS {
-            let (word, book) = (8 * number, 8 * BOOKS as u64 * number);
-            let program = count(gpa(0) + word, slot.guest.pages(), BOOKS_GPA + book);
+            let book = number as usize * Self::words(pages);
+            for (at, page) in (book + BOOKS..).zip(order(number).iter()) {
+                let word = gpa(page) + 8 * number;
+                busy.books.at(at).store(word, Ordering::Relaxed);
+            }
+            let program = count(pages, BOOKS_GPA + 8 * book as u64);
             let mut vcpu = machine.vcpu(number, &program)?;
-            vcpus.push(Task::work(move || {
+            busy.vcpus.push(Task::work(move || {
                 sys::stay_on_cpu(number * CPUS_APART)?;
                 let ran = guest::run(&mut vcpu, guest::no_fault)?;
                 match ran.reports.as_slice() {
@@ -94,17 +112,27 @@ impl Busy {
                 }
             })?);
         }
-        let busy = Self {
-            slot: slot.clone(),
-            books,
-            vcpus,
-        };
-        busy.goes_on(1)?;
         Ok(busy)
     }
 
+    /// Words of the books of each vCPU.
+    fn words(pages: u64) -> usize {
+        BOOKS + pages as usize
+    }
+
+    fn book(&self, number: usize) -> usize {
+        number * Self::words(self.slot.guest.pages())
+    }
+
+    /// The whole rounds that a vCPU has done.
     fn rounds(&self, number: usize) -> u64 {
-        self.books.at(BOOKS * number).load(Ordering::Acquire)
+        self.books.at(self.book(number)).load(Ordering::Acquire)
+    }
+
+    /// The whole rounds that every vCPU has done.
+    pub fn rounds_of_all(&self) -> u64 {
+        let rounds = (0..self.vcpus.len()).map(|number| self.rounds(number));
+        rounds.min().unwrap_or(0)
     }
 
     /// Returns when each vCPU has done so many whole rounds from now on.
@@ -119,27 +147,28 @@ impl Busy {
     /// Stops it: each word is what was written there last, in the VMM's mapping and in the memfd. How many rounds there
     /// were.
     pub fn end(self) -> Result<u64> {
-        let mut total = 0;
         for number in 0..self.vcpus.len() {
             self.books
-                .at(BOOKS * number + 1)
+                .at(self.book(number) + 1)
                 .store(1, Ordering::Release);
         }
-        for (number, vcpu) in self.vcpus.into_iter().enumerate() {
-            let rounds = vcpu.join("a vCPU")?;
-            total += rounds;
-            for page in 0..self.slot.guest.pages() {
-                let into = (page * PAGE) as usize;
-                for map in [self.slot.guest.as_ptr(), self.slot.alias.as_ptr()] {
-                    let at = map.wrapping_add(into).cast::<u64>().wrapping_add(number);
+        let mut rounds = Vec::new();
+        for vcpu in self.vcpus {
+            rounds.push(vcpu.join("a vCPU")?);
+        }
+        for page in 0..self.slot.guest.pages() {
+            let into = (page * PAGE) as usize;
+            for map in [self.slot.guest.as_ptr(), self.slot.alias.as_ptr()] {
+                let words = map.wrapping_add(into).cast::<u64>();
+                for (number, &rounds) in rounds.iter().enumerate() {
                     ensure_eq!(
-                        sys::load(at),
+                        sys::load(words.wrapping_add(number)),
                         Touched::Value(rounds),
                         "page {page}, what vCPU {number} wrote last"
                     );
                 }
             }
         }
-        Ok(total)
+        Ok(rounds.into_iter().sum())
     }
 }

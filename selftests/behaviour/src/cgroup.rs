@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Control groups (cgroup2): limits for the processes of a test, and what the kernel counts of them.
+//! Control groups (cgroup2): limits for processes of a test, and what the kernel counts of them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,7 +11,8 @@ use crate::task::until;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// A cgroup with one controller. When this is dropped, its processes go to the root cgroup, and it is removed.
+/// A cgroup with one controller. When this is dropped, its processes go to the root cgroup, and it
+/// is removed.
 pub struct Cgroup {
     path: PathBuf,
     /// The controller, if this cgroup is the first that needs it: it is switched off again.

@@ -27,7 +27,8 @@ const LIMITS_WITH_PROGRESS: u32 = 3;
 
 const STATUS_SKIP: i32 = 4;
 
-fn soak() -> u32 {
+/// How often a soak has a test repeat what it repeats in one run (KDP_SOAK).
+pub fn soak() -> u32 {
     let soak = std::env::var("KDP_SOAK").ok();
     soak.and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
 }

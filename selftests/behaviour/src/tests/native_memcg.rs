@@ -1,25 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Native memory and the kernel's limits: which memory cgroup is charged, what happens at memory.max, swap.
+//! Native memory and the kernel's limits: which memory cgroup is charged, what happens at
+//! memory.max, swap.
 
 use std::fs;
+use std::iter;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kdp_vmm::{Order, Touch};
-use kvm_demand_paging::{abi, PageRange, State};
+use kvm_demand_paging::{abi, PageRange, Placed, State};
 
 use super::native::{native, smaps};
-use crate::busy::Busy;
+use crate::busy::{Busy, VCPUS};
 use crate::cgroup::Cgroup;
 use crate::check::Result;
 use crate::content;
 use crate::guest;
 use crate::handler::Handler;
+use crate::harness::{count, soak};
 use crate::loop_device::Swap;
+use crate::numa::Setting;
 use crate::shared::Shared;
 use crate::slot::{need_kvm, Slot, BLOCK, GPA, ID, PAGE};
 use crate::sys::{self, Child, Ended};
@@ -32,6 +36,7 @@ tests! {
     "native-memcg-oom-kills-who-touches" => || oom_kills(process_touches),
     "native-memcg-oom-kills-a-vcpu" => || oom_kills(vcpu_touches),
     "native-swapped-pages-come-back" => swapped_pages_come_back,
+    "native-swap-beside-a-guest" => swap_beside_a_guest,
 }
 
 const MIB: u64 = 1 << 20;
@@ -39,8 +44,8 @@ const MIB: u64 = 1 << 20;
 /// How long a child may take.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What the kernel may charge beside the pages: what each CPU has in stock (MEMCG_CHARGE_BATCH), page tables, the memory
-/// of a process.
+/// What the kernel may charge beside the pages: what each CPU has in stock (MEMCG_CHARGE_BATCH),
+/// page tables, the memory of a process.
 const SLACK: u64 = 4 * MIB;
 
 /// A cgroup with a limit, and without swap.
@@ -51,7 +56,8 @@ fn limited(bytes: u64) -> Result<Cgroup> {
     Ok(cgroup)
 }
 
-/// The memory cgroup of the process that touches a page is charged, or that of who places it; no other one.
+/// The memory cgroup of the process that touches a page is charged, or that of who places it; no
+/// other one.
 fn charges_who_touches() -> Result {
     const PART: u64 = 4 * BLOCK;
     const BYTES: u64 = PART * PAGE;
@@ -75,7 +81,7 @@ fn charges_who_touches() -> Result {
     let charged = vmm.number("memory.peak")?;
     ensure!(
         charged < before + SLACK,
-        "{before} bytes were charged to the VMM, and {charged} after another process had touched its memory"
+        "{before} bytes were charged to the VMM, {charged} after another process had touched all"
     );
     let peak = toucher.number("memory.peak")?;
     ensure!(
@@ -144,8 +150,8 @@ fn wait_for(shared: &Shared, index: usize) {
     }
 }
 
-/// A process that has more guest memory than its cgroup may have is killed, and no other process; what it wrote is
-/// there, and others go on.
+/// A process that has more guest memory than its cgroup may have is killed, and no other process;
+/// what it wrote is there, and others go on.
 fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
     need_kvm()?;
     let (cgroup, other) = (limited(LIMIT)?, Cgroup::new("memory")?);
@@ -247,8 +253,8 @@ enum OnLimit {
     Fails,
 }
 
-/// A page handler places pages until its cgroup may have no more. Each page is placed or absent, and can be placed when
-/// there is memory.
+/// A page handler places pages until its cgroup may have no more. Each page is placed or absent,
+/// and can be placed when there is memory.
 fn place_at_the_limit(on_limit: OnLimit) -> Result {
     /// Pages that are placed by one call.
     const BATCH: u64 = 8;
@@ -355,5 +361,162 @@ fn swapped_pages_come_back() -> Result {
             slot.check(page, round)?;
         }
     }
+    Ok(())
+}
+
+/// Guest memory whose pages come as they are asked for. Some are taken away again, as a page
+/// handler does that moves a guest's memory elsewhere: so that there are always some that are
+/// absent.
+struct Coming {
+    slot: Arc<Slot>,
+    away: Mutex<Away>,
+}
+
+struct Away {
+    /// Of each page the bytes that it gets next; none while it is present.
+    bytes: Vec<Option<Box<[u8]>>>,
+    /// How many have some.
+    absent: u64,
+    /// The pages in the order in which they are taken away, and how many that has been.
+    next: Box<dyn Iterator<Item = u64> + Send>,
+    taken: u64,
+}
+
+impl Coming {
+    fn new(slot: &Arc<Slot>) -> Arc<Self> {
+        let pages = slot.guest.pages();
+        let order = (1000..).flat_map(move |seed| Order::random(pages, seed).iter());
+        Arc::new(Self {
+            slot: slot.clone(),
+            away: Mutex::new(Away {
+                bytes: (0..pages)
+                    .map(|page| Some(Self::bytes(page).into()))
+                    .collect(),
+                absent: pages,
+                next: Box::new(order),
+                taken: 0,
+            }),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Away> {
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a page holds at first: zeros where vCPUs count.
+    fn bytes(page: u64) -> [u8; PAGE as usize] {
+        let mut bytes = content::bytes(page, 1);
+        bytes[..8 * VCPUS as usize].fill(0);
+        bytes
+    }
+
+    /// Fails if bytes of a page are wrong that no vCPU writes.
+    fn check(page: u64, bytes: &[u8]) -> Result {
+        let counted = 8 * VCPUS as usize;
+        ensure!(
+            bytes[counted..] == Self::bytes(page)[counted..],
+            "page {page} holds {:x?}...",
+            &bytes[..64]
+        );
+        Ok(())
+    }
+
+    /// Places a page, if it is absent, and takes another one away if few are.
+    fn place(&self, page: u64) -> Result {
+        let mut away = self.lock();
+        if let Some(bytes) = away.bytes[page as usize].take() {
+            let results = self.slot.vm.place(ID, page, &bytes)?;
+            ensure_eq!(results, [Placed::Now], "what became of page {page}");
+            away.absent -= 1;
+        }
+        while away.absent < self.slot.guest.pages() / 16 {
+            let Some(other) = away.next.next() else {
+                break;
+            };
+            self.take_away(&mut away, other)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a page absent, if it is present, and gives its memory back.
+    fn take_away(&self, away: &mut Away, page: u64) -> Result {
+        let saved = &mut away.bytes[page as usize];
+        if saved.is_some() {
+            return Ok(());
+        }
+        self.slot.mark(State::Absent, page)?;
+        let mut bytes = vec![0; PAGE as usize];
+        self.slot.alias.read(page, &mut bytes)?;
+        Self::check(page, &bytes)?;
+        self.slot.memfd.punch_hole(PageRange::page(page))?;
+        *saved = Some(bytes.into());
+        away.absent += 1;
+        away.taken += 1;
+        Ok(())
+    }
+}
+
+/// A guest that may have half of its memory writes to all of it in random order, while pages come,
+/// go and come back: the other half is in swap, and no byte is lost.
+///
+/// A soak of N lasts N times as long, with a larger guest.
+fn swap_beside_a_guest() -> Result {
+    const SPAN: Duration = Duration::from_secs(4);
+    let pages = if soak() > 1 { 16 * BLOCK } else { 4 * BLOCK };
+    let bytes = pages * PAGE;
+    let _swap = Swap::on(2 * bytes)?;
+    // Pages are visited in random order: not worth while to read their neighbours in swap.
+    let _setting = Setting::set("/proc/sys/vm/page-cluster", "0")?;
+    let cgroup = Cgroup::new("memory")?;
+    cgroup.set("memory.max", bytes / 2)?;
+    let slot = native(pages)?;
+    // Of memory that the limit is not for.
+    let coming = Coming::new(&slot);
+    cgroup.enter()?;
+    let start = Instant::now();
+    let placing = coming.clone();
+    let handler = Handler::start(&slot, move |event| placing.place(event.page))?;
+    let busy = Busy::start_in_order(&slot, |vcpu| Order::random(pages, vcpu + 1))?;
+    let swapped = || -> Result<_> {
+        let pages = |key| cgroup.entry("memory.stat", key);
+        Ok((pages("pswpout")?, pages("pswpin")?))
+    };
+    let mut seen = busy.rounds_of_all();
+    loop {
+        let (out, back) = swapped()?;
+        let is_swapping = seen >= 1 && out >= pages / 2 && back >= pages / 2;
+        if is_swapping && start.elapsed() >= SPAN * soak() {
+            break;
+        }
+        until("the guest goes on, and its memory is swapped", || {
+            let now = swapped()?;
+            let rounds = busy.rounds_of_all();
+            let is_on = rounds > seen || (now.0 > out && now.1 > back);
+            seen = rounds;
+            Ok(is_on)
+        })?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    let ((out, back), span) = (swapped()?, start.elapsed());
+    ensure_eq!(cgroup.entry("memory.events", "oom_kill")?, 0, "OOM kills");
+    let peak = cgroup.number("memory.peak")?;
+    ensure!(peak <= bytes / 2, "{peak} bytes were charged");
+    // From now on pages come, and stay.
+    coming.lock().next = Box::new(iter::empty());
+    let rounds = busy.end()?;
+    let events = handler.events();
+    handler.stop()?;
+    for page in 0..pages {
+        let mut bytes = [0; PAGE as usize];
+        slot.guest.read(page, &mut bytes)?;
+        Coming::check(page, &bytes)?;
+    }
+    let taken = coming.lock().taken;
+    ensure!(taken > 0, "no page was made absent again");
+    println!("{pages} pages, half of them in memory, for {span:?}; {events} were asked for");
+    count("pages swapped out beside a guest", out);
+    count("pages swapped in beside a guest", back);
+    count("pages taken away beside swap", taken);
+    count("pages that a swapping guest has checked", rounds * pages);
     Ok(())
 }
