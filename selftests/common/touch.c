@@ -72,6 +72,13 @@ long long now_ms(void)
 	return ts.tv_sec * 1000LL + ts.tv_nsec / 1000000;
 }
 
+static int file_result(struct toucher *t, ssize_t done)
+{
+	if (done < 0)
+		return errno;
+	return done == (ssize_t)t->bytes ? 0 : EIO;
+}
+
 static void *toucher_main(void *arg)
 {
 	struct toucher *t = arg;
@@ -104,6 +111,12 @@ static void *toucher_main(void *arg)
 			t->result = EIO;
 		close(fds[0]);
 		close(fds[1]);
+		break;
+	case TOUCH_TO_FILE:
+		t->result = file_result(t, pwrite(t->fd, (void *)t->p, t->bytes, t->at));
+		break;
+	case TOUCH_FROM_FILE:
+		t->result = file_result(t, pread(t->fd, (void *)t->p, t->bytes, t->at));
 		break;
 	}
 	t->done = 1;

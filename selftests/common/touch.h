@@ -29,15 +29,18 @@ int touch_or(atomic_ullong *p, __u64 bits);
 
 long long now_ms(void);
 
-enum touch_kind { TOUCH_READ, TOUCH_WRITE, TOUCH_KERNEL };
+enum touch_kind { TOUCH_READ, TOUCH_WRITE, TOUCH_KERNEL, TOUCH_TO_FILE, TOUCH_FROM_FILE };
 
-/* A thread that touches one byte, and what came of it. */
+/* A thread that touches one byte, or does I/O of many, and what came of it. */
 struct toucher {
 	pthread_t thread;
 	volatile unsigned char *p;
 	enum touch_kind kind;
 	unsigned char val;	/* what it read, or is to write */
-	int result;		/* 0 or a signal; for TOUCH_KERNEL 0 or an errno */
+	int result;		/* 0 or a signal; for TOUCH_KERNEL and I/O 0 or an errno */
+	int fd;			/* of I/O */
+	size_t bytes;
+	off_t at;
 	atomic_int tid;
 	atomic_int done;
 };

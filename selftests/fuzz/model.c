@@ -47,6 +47,7 @@ bool model_start(struct model *m, unsigned long long seed)
 			return false;
 		}
 	}
+	disk_start(m);
 	return true;
 }
 
@@ -118,6 +119,24 @@ int model_call(struct model *m, const char *name, int fd, unsigned long cmd, voi
 static __u64 word_at(const void *p)
 {
 	return *(const volatile __u64 *)p;
+}
+
+bool model_holds(const unsigned char *p, __u64 head, __u64 tail)
+{
+	return word_at(p) == head && word_at(p + PAGE - 8) == tail;
+}
+
+enum outcome model_outcome(const struct mslot *s, __u64 page, bool own)
+{
+	if (own && s->copied[page])
+		return WORKS;
+	if (s->life == LIFE_REMOVED)
+		return FAILS;
+	if (!s->paging || s->state[page] == KDP_STATE_PRESENT)
+		return WORKS;
+	if (s->state[page] == KDP_STATE_ZERO)
+		return FILLS;
+	return s->life == LIFE_LISTED ? WAITS : FAILS;
 }
 
 /* The bytes of a page that is mapped now are those of the model. */
@@ -195,30 +214,25 @@ static void begin_wait(struct model *m, struct mslot *s, __u64 page, enum touch_
 void model_touch(struct model *m, struct mslot *s, __u64 page, enum touch_kind kind)
 {
 	unsigned char *p = s->guest + page * PAGE, val = rng_next(&m->r);
-	bool fails = s->life == LIFE_REMOVED, either = false, zero;
+	enum outcome outcome = model_outcome(s, page, false);
 	int sig;
 
-	if (!fails && s->paging && s->state[page] == KDP_STATE_ABSENT) {
-		if (s->life == LIFE_LISTED) {
-			begin_wait(m, s, page, kind);
-			return;
-		}
-		fails = true;
+	if (outcome == WAITS) {
+		begin_wait(m, s, page, kind);
+		return;
 	}
-	zero = !fails && s->paging && s->state[page] == KDP_STATE_ZERO;
-	/* Whether a zero page can still be had when the VM is closed is not said. */
-	either = zero && s->life == LIFE_ORPHAN;
 	sig = kind == TOUCH_WRITE ? touch_write(p, val) : touch_read(p, &val);
 	log_result(&m->log, sig);
-	if (either && sig == SIGBUS)
+	/* Whether a zero page can still be had when the VM is closed is not said. */
+	if (outcome == FILLS && s->life == LIFE_ORPHAN && sig == SIGBUS)
 		return;
-	if (sig != (fails ? SIGBUS : 0)) {
+	if (sig != (outcome == FAILS ? SIGBUS : 0)) {
 		model_fail(m, "touching slot %u page %llu gave signal %d", s->id, page, sig);
 		return;
 	}
-	if (fails)
+	if (outcome == FAILS)
 		return;
-	if (zero)
+	if (outcome == FILLS)
 		model_zero_fill(s, page);
 	if (kind == TOUCH_WRITE)
 		set_low_byte(s, page, val);
@@ -311,6 +325,7 @@ void model_stop(struct model *m)
 		munmap(m->mem[i].alias, m->mem[i].pages * PAGE);
 		close(m->mem[i].fd);
 	}
+	disk_stop(m);
 }
 
 struct mslot *any_slot(struct model *m, enum life at_most)

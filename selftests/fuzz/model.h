@@ -53,6 +53,17 @@ struct mslot {
 	char name[KDP_NAME_LEN];
 };
 
+/* A block device. Who reads and writes it directly has the kernel access guest memory. */
+#define DISK_PAGES	64
+
+struct disk {
+	int fd;			/* for direct I/O; -1 if there is no loop device */
+	unsigned char *bytes;	/* what is on it */
+	char swap[32];		/* another one, which is swap space */
+	__u64 head[DISK_PAGES];
+	__u64 tail[DISK_PAGES];
+};
+
 struct waiter {
 	bool active;
 	struct toucher t;
@@ -67,6 +78,7 @@ struct model {
 	int vm[NR_VMS];
 	int exits_vm;		/* the VM that this thread has exits on for, or -1 */
 	struct mem mem[NR_MEMS];
+	struct disk disk;
 	struct mslot slot[NR_SLOTS];
 	struct waiter waiter[NR_WAITERS];
 };
@@ -121,6 +133,23 @@ void op_get(struct model *m);
 void op_paging(struct model *m);
 void op_close_vm(struct model *m);
 void op_forget(struct model *m);
+
+/* The disk, and swap space, where there are loop devices (direct.c). */
+void disk_start(struct model *m);
+void disk_stop(struct model *m);
+void op_direct(struct model *m);
+
+/* What a touch of a page comes to. */
+enum outcome {
+	WAITS,
+	FAILS,
+	WORKS,
+	FILLS,			/* it works, and the module fills the page with zeros */
+};
+
+enum outcome model_outcome(const struct mslot *s, __u64 page, bool own);
+/* Whether the page at an address begins and ends so. */
+bool model_holds(const unsigned char *p, __u64 head, __u64 tail);
 
 /* The ops on shmem that is the kernel's ordinary memory (native.c). */
 void op_private(struct model *m);

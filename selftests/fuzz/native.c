@@ -10,23 +10,18 @@ static __u64 with_low_byte(__u64 word, unsigned char byte)
 	return (word & ~0xffULL) | byte;
 }
 
-static bool holds(const unsigned char *p, __u64 head, __u64 tail)
-{
-	return *(const volatile __u64 *)p == head &&
-	       *(const volatile __u64 *)(p + PAGE - 8) == tail;
-}
-
 /* What was written to the private mapping is there, whatever became of the memslot's page. */
 static bool copy_is_right(struct mslot *s, __u64 page)
 {
-	return holds(s->own + page * PAGE, s->own_head[page], s->own_tail[page]);
+	return model_holds(s->own + page * PAGE, s->own_head[page], s->own_tail[page]);
 }
 
 /* A touch of the private mapping. Who writes copies the page first. */
 void op_private(struct model *m)
 {
-	bool writes = chance(&m->r, 50), fails = false, zero = false;
 	struct mslot *s = any_slot(m, LIFE_ORPHAN);
+	bool writes = chance(&m->r, 50);
+	enum outcome outcome;
 	unsigned char val = rng_next(&m->r);
 	__u64 page, at;
 	int sig;
@@ -35,29 +30,24 @@ void op_private(struct model *m)
 		return;
 	page = pick(&m->r, s->pages);
 	at = s->first + page;
-	if (!s->copied[page]) {
-		bool absent = s->paging && s->state[page] == KDP_STATE_ABSENT;
-
-		/* It would wait: op_touch() does that. */
-		if (absent && s->life == LIFE_LISTED)
-			return;
-		fails = absent || s->life == LIFE_REMOVED;
-		zero = !fails && s->paging && s->state[page] == KDP_STATE_ZERO;
-	}
+	outcome = model_outcome(s, page, true);
+	/* op_touch() does that. */
+	if (outcome == WAITS)
+		return;
 	log_op(&m->log, writes ? "write private" : "read private", s->vm, s->id, page, s->life,
 	       s->copied[page]);
 	sig = writes ? touch_write(s->own + page * PAGE, val) :
 		       touch_read(s->own + page * PAGE, &val);
 	log_result(&m->log, sig);
 	/* Whether a zero page can still be had when the VM is closed is not said. */
-	if (zero && s->life == LIFE_ORPHAN && sig == SIGBUS)
+	if (outcome == FILLS && s->life == LIFE_ORPHAN && sig == SIGBUS)
 		return;
-	if (sig != (fails ? SIGBUS : 0))
+	if (sig != (outcome == FAILS ? SIGBUS : 0))
 		model_fail(m, "touching slot %u page %llu privately gave signal %d", s->id, page,
 			   sig);
-	if (fails || m->failed)
+	if (outcome == FAILS || m->failed)
 		return;
-	if (zero)
+	if (outcome == FILLS)
 		model_zero_fill(s, page);
 	if (writes && !s->copied[page]) {
 		s->copied[page] = true;
@@ -67,7 +57,7 @@ void op_private(struct model *m)
 	if (writes)
 		s->own_head[page] = with_low_byte(s->own_head[page], val);
 	if (s->copied[page] ? !copy_is_right(s, page) :
-	    !holds(s->own + page * PAGE, s->mem->head[at], s->mem->tail[at]))
+	    !model_holds(s->own + page * PAGE, s->mem->head[at], s->mem->tail[at]))
 		model_fail(m, "slot %u page %llu is wrong in the private mapping", s->id, page);
 }
 
@@ -86,8 +76,8 @@ static bool child_is_right(struct model *m, struct mslot *s)
 				return false;
 		} else if (s->life != LIFE_REMOVED &&
 			   (!s->paging || s->state[page] == KDP_STATE_PRESENT)) {
-			if (!holds(s->guest + page * PAGE, s->mem->head[at], s->mem->tail[at]) ||
-			    !holds(p, s->mem->head[at], s->mem->tail[at]))
+			if (!model_holds(s->guest + page * PAGE, s->mem->head[at], s->mem->tail[at]) ||
+			    !model_holds(p, s->mem->head[at], s->mem->tail[at]))
 				return false;
 		}
 	}

@@ -372,7 +372,7 @@ static const struct {
 	{ op_check_bitmap, 4 }, { op_create, 6 }, { op_remove, 2 }, { op_get, 3 }, { op_paging, 2 },
 	{ op_map, 3 }, { op_remap, 1 }, { op_junk, 2 }, { op_punch, 2 }, { op_exits, 1 },
 	{ op_close_vm, 1 }, { op_forget, 1 }, { op_collapse, 2 },
-	{ op_private, 12 }, { op_fork, 1 }, { op_advise, 2 },
+	{ op_private, 12 }, { op_fork, 1 }, { op_advise, 2 }, { op_direct, 4 },
 };
 
 /* A call that does not come back shows as no progress. */
@@ -402,6 +402,7 @@ static void unexpected(int sig)
 bool fuzz_sequential(const struct options *opt)
 {
 	long long end = opt->seconds ? now_ms() + opt->seconds * 1000LL : 0;
+	unsigned long long n;
 	unsigned int total = 0;
 	pthread_t thread;
 
@@ -410,7 +411,7 @@ bool fuzz_sequential(const struct options *opt)
 		return false;
 	for (size_t i = 0; i < ARRAY_SIZE(ops); i++)
 		total += ops[i].weight;
-	for (unsigned long long n = 0; n < opt->ops && !m.failed; n++) {
+	for (n = 0; n < opt->ops && !m.failed; n++) {
 		unsigned int at = pick(&m.r, total), i = 0;
 
 		while (at >= ops[i].weight)
@@ -421,6 +422,7 @@ bool fuzz_sequential(const struct options *opt)
 		if (end && !(n % 256) && now_ms() > end)
 			break;
 	}
+	printf("# %llu ops are done\n", n);
 	log_op(&m.log, "stop", 0, 0, 0, 0, 0);
 	if (!m.failed)
 		model_stop(&m);
