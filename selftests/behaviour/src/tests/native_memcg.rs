@@ -26,6 +26,7 @@ use crate::loop_device::Swap;
 use crate::numa::Setting;
 use crate::shared::Shared;
 use crate::slot::{need_kvm, Slot, BLOCK, GPA, ID, PAGE};
+use crate::stuck;
 use crate::sys::{self, Child, Ended};
 use crate::task::until;
 
@@ -481,20 +482,25 @@ fn swap_beside_a_guest() -> Result {
         let pages = |key| cgroup.entry("memory.stat", key);
         Ok((pages("pswpout")?, pages("pswpin")?))
     };
-    let mut seen = busy.rounds_of_all();
     loop {
-        let (out, back) = swapped()?;
-        let is_swapping = seen >= 1 && out >= pages / 2 && back >= pages / 2;
+        let (rounds, events, (out, back)) = (busy.rounds_of_all(), handler.events(), swapped()?);
+        let is_swapping = rounds >= 1 && out >= pages / 2 && back >= pages / 2;
         if is_swapping && start.elapsed() >= SPAN * soak() {
             break;
         }
-        until("the guest goes on, and its memory is swapped", || {
+        let goes_on = until("the guest goes on, or its memory is swapped", || {
             let now = swapped()?;
-            let rounds = busy.rounds_of_all();
-            let is_on = rounds > seen || (now.0 > out && now.1 > back);
-            seen = rounds;
-            Ok(is_on)
-        })?;
+            Ok(busy.rounds_of_all() > rounds
+                || handler.events() > events
+                || (now.0 > out && now.1 > back))
+        });
+        if let Err(e) = goes_on {
+            fail!(
+                "{e}; {rounds} rounds, {events} pages asked for, {out} swapped out, {back} back\n{}\n{}",
+                stuck::threads_of(std::process::id()),
+                stuck::trace_of_kvm()
+            );
+        }
         thread::sleep(Duration::from_millis(20));
     }
     let ((out, back), span) = (swapped()?, start.elapsed());
