@@ -3,8 +3,7 @@
 //! Neighbours that a fault maps together with its page, so that they need no fault of their own.
 //!
 //! Only what costs nothing but a page table entry. On hugetlb: pages that are present and whose folios are
-//! pinned. The page's own folio is. On shmem: pages that are present and in the page cache, in folios smaller
-//! than 2 MiB.
+//! pinned. The page's own folio is. On shmem: pages that are present and in the page cache.
 //!
 //! On hugetlb, where a source has the bytes of absent neighbours, and touches around say that they will be wanted
 //! (rules/fill.rs), a fault that fills its page fills them, too: those of the page's own huge page, from the

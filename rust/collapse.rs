@@ -95,8 +95,12 @@ pub(crate) fn renew(slot: &Memslot, spot: &Spot) {
     let Some(range) = widest(spot.page(), slot.place.nr_pages, is_whole) else {
         return;
     };
-    if range.count() >= BLOCK_PAGES && spot.renew(&slot.remapper, range).is_ok() {
-        slot.vain_collapses.fetch_add(1, Relaxed);
+    if range.count() < BLOCK_PAGES {
+        return;
+    }
+    // A seal of the memfd forbids it where the area is writable (memfd_check_seals_mmap() in mm/memfd.c).
+    slot.vain_collapses.fetch_add(1, Relaxed);
+    if spot.renew(&slot.remapper, range).is_ok() {
         slot.stats.collapses().add(1);
         trace::collapse(slot.place.id, range.first(), range.count());
     }

@@ -163,24 +163,33 @@ vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page)
  * Maps pages @first to @last of the memfd around the fault, if the page cache has them and they
  * are in the fault's page table. @page, the fault's own, is mapped and locked.
  *
- * filemap_map_pages() maps a folio of 2 MiB as a whole if there is no page table. No folio of
- * these pages is of 2 MiB, and none becomes so: it would hold @page, which stays in its smaller
- * folio as long as that is locked.
+ * Not by filemap_map_pages(), which maps all pages of a folio, the absent ones, too.
  */
 void kdp_native_insert_around(struct vm_fault *vmf, struct page *page, pgoff_t first,
 			      pgoff_t last)
 {
 	const pgoff_t before = min(vmf->pgoff, pte_index(vmf->address));
 	const pgoff_t after = PTRS_PER_PTE - 1 - pte_index(vmf->address);
-	struct vm_fault around = *vmf;
+	struct folio *own = page_folio(page);
 
 	first = max(first, vmf->pgoff - before);
 	last = min(last, vmf->pgoff + after);
-	if (first > last || folio_test_pmd_mappable(page_folio(page)))
-		return;
-	around.flags &= ~FAULT_FLAG_WRITE;
-	around.prealloc_pte = NULL;
-	filemap_map_pages(&around, first, last);
+	for (pgoff_t index = first; index <= last; index++) {
+		bool is_own = folio_contains(own, index);
+		struct page *near = is_own ? folio_file_page(own, index) :
+					     kdp_native_find(vmf->vma->vm_file, index, false);
+		struct vm_fault around = {
+			.vma = vmf->vma,
+			.address = vmf->address + ((index - vmf->pgoff) << PAGE_SHIFT),
+		};
+
+		if (IS_ERR(near))
+			continue;
+		if (index != vmf->pgoff && !PageHWPoison(near))
+			vmf_insert_page_mkwrite(&around, near, false);
+		if (!is_own)
+			kdp_native_put(near);
+	}
 }
 
 /* Hands a locked page and its reference to the kernel, which copies it to a private page. */

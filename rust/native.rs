@@ -73,7 +73,7 @@ pub(crate) struct Asked([Atomic<u64>; 16]);
 
 impl Asked {
     pub(crate) fn new() -> Self {
-        Self([const { Atomic::new(0) }; 16])
+        Self([const { Atomic::new(u64::MAX) }; 16])
     }
 
     fn of_current(&self, page: u64) -> (&Atomic<u64>, u64) {
@@ -90,6 +90,13 @@ impl Asked {
     pub(crate) fn is_by_current(&self, page: u64) -> bool {
         let (slot, value) = self.of_current(page);
         slot.load(Relaxed) == value
+    }
+
+    /// Whether any thread has, as far as it is known.
+    fn is_by_any(&self, page: u64) -> bool {
+        self.0
+            .iter()
+            .any(|slot| slot.load(Relaxed) << 24 == page << 24)
     }
 }
 
@@ -214,6 +221,8 @@ fn page_fault<'a>(
             }
         }
         State::Sourced => fill(slot, pages, fault, page),
+        // Whoever must not wait asks again, and waits or fails then.
+        State::Absent if fault.no_wait() => Ok(Outcome::Retry),
         _ => {
             drop(pages);
             serve(slot, fault, page, state)
@@ -229,12 +238,13 @@ fn insert(
     cached: CachedPage,
     word: u64,
 ) -> Outcome {
+    let page = fault.pgoff();
     // A page that the guest only reads stays the memslot's. It is in the page cache now, where the
-    // vCPU's thread finds it: KVM has that ask next, for what the guest does.
-    if fault.copies_in_kworker() {
+    // vCPU's thread finds it: KVM has that ask next, for what the guest does. KVM has asked without
+    // waiting before. Other users of kworkers have not, and get their private page.
+    if fault.copies_in_kworker() && slot.asked.is_by_any(page) {
         return Outcome::Fail;
     }
-    let page = fault.pgoff();
     // Another thread may have mapped the whole block since this fault fell back to a page.
     let outcome = if fault.is_in_block() {
         Outcome::Mapped
@@ -291,10 +301,14 @@ fn fill<'a>(
         return Err(fault);
     };
     match source.fill(&slot, &pages, page) {
-        Ok(Filled::Now(frame, word)) => {
+        Ok(Filled::Now(frame, _)) => {
             slot.stats.source_reads().add(1);
             match frame.into_cached() {
-                Some(cached) => Ok(insert(slot, pages, fault, cached, word)),
+                Some(cached) => {
+                    // Poisoned neighbours are no present pages here.
+                    let (_, word) = pages.look(page);
+                    Ok(insert(slot, pages, fault, cached, word))
+                }
                 None => Err(fault),
             }
         }

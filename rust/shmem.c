@@ -55,18 +55,19 @@ static const struct vm_operations_struct *find_shmem_ops(void)
 	return shmem_ops;
 }
 
-/* Only memory can be lacking: a kernel without huge pages refuses huge=always. */
+/* A kernel without transparent huge pages refuses huge=always: then there is no mount. */
 int kdp_shmem_init(void)
 {
 	struct vfsmount *mount;
+	int err = PTR_ERR_OR_ZERO(find_shmem_ops());
 
-	if (PTR_ERR_OR_ZERO(find_shmem_ops()) == -ENOMEM)
-		return -ENOMEM;
+	if (err)
+		return err;
 	mount = mount_huge();
-	if (mount == ERR_PTR(-ENOMEM))
-		return -ENOMEM;
 	if (!IS_ERR(mount))
 		huge_mount = mount;
+	else if (PTR_ERR(mount) != -EINVAL)
+		return PTR_ERR(mount);
 	return 0;
 }
 

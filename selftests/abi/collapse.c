@@ -40,6 +40,27 @@ FIXTURE_TEARDOWN(abi)
 	EXPECT_EQ((__u64)(missing_), self->got.missing);					\
 } while (0)
 
+/* A mapping that a seal keeps from being written stays so when it is mapped anew. */
+TEST_F(abi, collapse_keeps_a_seal)
+{
+	struct slot *s = &self->s;
+	unsigned char *ro, val;
+
+	ASSERT_EQ(0, fcntl(s->memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE));
+	ro = mmap(NULL, PAGES * PAGE, PROT_READ, MAP_SHARED, s->fd, 0);
+	ASSERT_NE(MAP_FAILED, ro);
+	EXPECT_MARK(BLOCK - 1, s, KDP_STATE_PRESENT, 0, BLOCK - 1);
+	EXPECT_EQ(0, touch_read(ro, &val));
+	EXPECT_MARK(1, s, KDP_STATE_PRESENT, BLOCK - 1, 1);
+	EXPECT_EQ(0, touch_read(ro + (BLOCK - 1) * PAGE, &val));
+	EXPECT_EQ(0, kdp_collapse(self->vm, 1, 0, BLOCK, &self->got));
+	EXPECT_EQ(variant->hugetlb ? BLOCK : 0, self->got.collapsed);
+	for (int page = 0; page < BLOCK; page++)
+		EXPECT_EQ(0, touch_read(ro + page * PAGE, &val));
+	EXPECT_EQ(-1, mprotect(ro, PAGES * PAGE, PROT_READ | PROT_WRITE));
+	EXPECT_EQ(EACCES, errno);
+}
+
 TEST_F(abi, collapse_says_what_cannot_be)
 {
 	struct slot *s = &self->s;

@@ -10,13 +10,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kdp_vmm::{Order, Touch};
-use kvm_demand_paging::{Backing, GuestMap, PageRange, State};
+use kvm_demand_paging::{Backing, Cause, GuestMap, PageRange, State};
 
+use super::native::mapped;
 use super::shmem::Folios;
+use super::source::sourced;
 use crate::check::Result;
 use crate::guest;
 use crate::harness::rounds;
-use crate::slot::{self, Slot, BLOCK, GPA, PAGE, WINDOW};
+use crate::numa::{self, Setting};
+use crate::slot::{self, Slot, BLOCK, GPA, ID, PAGE, WINDOW};
 use crate::sys::{self, Touched};
 use crate::task::Task;
 
@@ -27,6 +30,8 @@ tests! {
     "fault-around-for-guests-shmem" => || for_guests(Backing::Shmem),
     "fault-around-leaves-absent-neighbours-hugetlb" => || leaves_absent_neighbours(Backing::Huge2M),
     "fault-around-leaves-absent-neighbours-shmem" => || leaves_absent_neighbours(Backing::Shmem),
+    "fault-around-leaves-absent-pages-of-folios" => leaves_absent_pages_of_folios,
+    "fault-around-leaves-poisoned-neighbours-of-a-filled-page" => leaves_poisoned_neighbours,
     "fault-around-made-absent-traps-again-hugetlb" => || made_absent_traps_again(Backing::Huge2M),
     "fault-around-made-absent-traps-again-shmem" => || made_absent_traps_again(Backing::Shmem),
     "fault-around-stays-in-the-mapping-hugetlb" => || stays_in_the_mapping(Backing::Huge2M),
@@ -135,6 +140,67 @@ fn leaves_absent_neighbours(backing: Backing) -> Result {
         slot.mark(State::Present, page)?;
         waiting.join("the thread")?;
     }
+    Ok(())
+}
+
+/// On shmem the kernel has folios of all sizes: of one that holds present and absent pages the present ones are mapped.
+fn leaves_absent_pages_of_folios() -> Result {
+    const PRESENT: [u64; 5] = [1, 16, 17, 20, 27];
+    let sizes = "/sys/kernel/mm/transparent_hugepage/hugepages-";
+    let _none = Folios::set("never")?;
+    for kib in [16, 64, 2048] {
+        let _folios = Setting::set(format!("{sizes}{kib}kB/shmem_enabled"), "always")?;
+        let slot = Slot::new(Backing::Shmem, BLOCK)?;
+        for page in 0..BLOCK {
+            slot.fill(page, 1)?;
+        }
+        for page in PRESENT {
+            slot.mark(State::Present, page)?;
+        }
+        slot.check(17, 1)?;
+        let mapped = mapped(&slot)?;
+        ensure_eq!(
+            mapped,
+            [16, 17, 20, 27],
+            "mapped pages, folios of {kib} KiB"
+        );
+        for page in PRESENT {
+            slot.check(page, 1)?;
+        }
+        let mut waiting = slot.checker(21, 1)?;
+        ensure_eq!(slot.event()?.page, 21, "the event's page");
+        waiting.still_waits("a read of the absent page")?;
+        slot.mark(State::Present, 21)?;
+        waiting.join("the reader")?;
+    }
+    Ok(())
+}
+
+/// A fault that fills its page from a source maps present neighbours, but none that is poisoned.
+fn leaves_poisoned_neighbours() -> Result {
+    let (slot, _file) = sourced(Backing::Shmem, BLOCK)?;
+    for page in [33, 35] {
+        slot.check(page, 1)?;
+    }
+    let poisoned = PageRange::page(33);
+    slot.vm.poison(ID, &[poisoned], Cause::Emulated)?;
+    // Nothing is mapped in this one.
+    let other = slot.memslot.map()?;
+    let at = |page| address(&other, page).cast::<u64>();
+    let words = slot::words_at(at(34))?;
+    if let Err(wrong) = crate::content::check(&words, 34, 1) {
+        fail!("{wrong}");
+    }
+    let frames = numa::mapped_frames(other.as_ptr(), BLOCK)?;
+    let mapped: Vec<u64> = (0..BLOCK)
+        .filter(|&page| frames[page as usize] != 0)
+        .collect();
+    ensure_eq!(mapped, [34, 35], "mapped pages");
+    ensure_eq!(
+        sys::load(at(33)),
+        Touched::sigbus(libc::BUS_MCEERR_AR, at(33), 12),
+        "a read of the poisoned page"
+    );
     Ok(())
 }
 
