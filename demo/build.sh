@@ -4,7 +4,7 @@
 #   bzImage         the guest's kernel, as it was given
 #   initrd          an initramfs of one program, for the demo
 #   initrd-load     an initramfs with a load that checks itself, and with drivers as modules
-#   initrd-disk     an initramfs with a program that tests its disk, and with the disk's drivers
+#   initrd-disk     an initramfs with a program that tests the guest's disk, and with its drivers
 #   kdp-demo-fetch  the client of the comparison (built with the tools)
 #
 # Runs inside the toolbox. Usage: build.sh KERNEL_IMAGE [MODULES_DIR]
@@ -63,8 +63,8 @@ add_modules() {
 	done
 }
 
-# image INITRD PROGRAM [DRIVER...]: make an initramfs with PROGRAM as its init, and with the drivers
-# that the guest needs beside that of its serial port.
+# image INITRD PROGRAM [DRIVER...]: make an initramfs with PROGRAM as its init, and with DRIVERs.
+# The guest needs them beside the driver of its serial port.
 image() {
 	local initrd=$1 program=$2
 	shift 2

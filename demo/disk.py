@@ -1,6 +1,6 @@
-"""A guest that tests its disk (guest/disk.c), and goes on with all of its memory absent.
+"""Run a guest that tests its disk (guest/disk.c), and resume it with all of its memory absent.
 
-The disk's backend has cache=none, so QEMU's reads and writes access guest memory by direct I/O.
+The disk's backend has cache=none, so QEMU accesses guest memory by direct I/O.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ GUEST_ARGS = (
 )
 SECTOR = 512
 BYTES = WORKERS * SLOTS * CHUNK
-# What guest/disk.c fills memory with that is read to.
+# guest/disk.c fills with this the memory that it reads to.
 JUNK = b"\xa5" * PAGE
-# Rounds of each worker before the snapshot: each slot has been written.
+# Rounds of each worker before the snapshot. By then it has written each of its slots.
 BEFORE = SLOTS
 ROUND = re.compile(r"^KDP-DISK (\d+) round (\d+)$")
 MASK = (1 << 64) - 1
@@ -47,7 +47,8 @@ class Disk:
 class Snapshot:
     """A stopped guest: three files, an unfinished console line, each worker's last round.
 
-    `pages` are the guest pages that rounds which have not begun write to the disk, or read to.
+    `pages` are the guest pages of rounds that have not begun. Those rounds write the pages to the
+    disk, or read to them.
     """
 
     ram: str
@@ -60,7 +61,7 @@ class Snapshot:
 
 @contextmanager
 def filesystem(settings):
-    """A folder whose files have direct I/O, which a tmpfs only pretends to have."""
+    """A folder whose files support direct I/O. A tmpfs accepts O_DIRECT, but copies."""
     image, folder = f"{settings.work}/filesystem", f"{settings.work}/mnt"
     with open(image, "wb") as f:
         f.truncate(16 << 20)
@@ -88,7 +89,7 @@ def start(settings, memory, disk, **more):
 
 
 def rounds_of(console, last):
-    """Each worker's last round. None is missing since those in `last`."""
+    """Each worker's last round. Fails if the console lacks a round after those in `last`."""
     rounds = list(last)
     for line in console.text():
         if match := ROUND.match(line):
@@ -100,20 +101,20 @@ def rounds_of(console, last):
 
 
 def wait_for_all(console, what, timeout):
-    """Until each worker has said this."""
+    """Wait until each worker has printed `what`."""
     for worker in range(WORKERS):
         console.wait_for(f"^KDP-DISK {worker} {what}$", timeout, f"'{what}' of worker {worker}")
 
 
 def boot_and_snapshot(settings):
-    """Boots the guest in a plain file, and stops it when each slot of its disk has been written."""
+    """Boots the guest in a plain file, and stops it when its workers have written all slots."""
     files = (f"{settings.work}/disk-guest.{part}" for part in ("ram", "state", "disk"))
     snapshot = Snapshot(*files, b"", [], [])
     with open(snapshot.ram, "wb") as f:
         f.truncate(settings.memory)
     with filesystem(settings) as folder:
         disk = Disk(f"{folder}/disk", "native")
-        # Without holes: ext4 fills those by buffered I/O.
+        # Write zeros to the whole file: ext4 fills holes by buffered I/O.
         Path(disk.path).write_bytes(bytes(BYTES))
         with start(settings, snapshot.ram, disk) as qemu:
             qemu.console.wait_for("^KDP-USERSPACE", 180 * SLOW, "the guest's userspace")
@@ -126,14 +127,16 @@ def boot_and_snapshot(settings):
             qemu.quit()
             rounds = rounds_of(qemu.console, [0] * WORKERS)
             shutil.copy(disk.path, snapshot.disk)
-            # A worker was in the middle of a round, perhaps.
+            # A worker may be in the middle of a round: leave that round out.
             pages = pages_of_rounds([last + 2 for last in rounds], snapshot.ram)
             return replace(snapshot, rest=qemu.console.rest, rounds=rounds, pages=pages)
 
 
 def pages_of_rounds(first, ram):
-    """The guest pages that the disk alone accesses until their rounds have read, from each worker's
-    first round on."""
+    """The guest pages of each worker's rounds from `first` on.
+
+    Until a round has read, only the disk accesses its pages.
+    """
     step = CHUNK // SECTOR
     words = set()
     for worker in range(WORKERS):
@@ -155,7 +158,7 @@ def pages_of_rounds(first, ram):
 
 
 def resident(path, bytes_, pages):
-    """How many of these pages of a memslot are there. mincore(2) tells without touching them."""
+    """How many of these pages of a memslot are in memory. mincore(2) tells without an access."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(path, "r+b") as f, mmap.mmap(f.fileno(), bytes_) as memory:
         there = (ctypes.c_ubyte * (bytes_ // PAGE))()
@@ -170,10 +173,11 @@ def resident(path, bytes_, pages):
 
 
 def restore(settings, snapshot, aio):
-    """Lets the guest go on with no page of its memory there, until its workers have ended.
+    """Resumes the guest with all of its memory absent, and waits until its workers have ended.
 
-    Returns how many rounds those were, and what the handler had counted and how many of
-    `snapshot.pages` were there, each before these rounds and after them.
+    Returns the number of rounds from then on, and two reports of the page handler: `before` these
+    rounds and `after` them. `resident` in a report counts those of `snapshot.pages` that are in
+    memory.
     """
     backing = (f"tcp:{ADDRESS}", 30 * SLOW, ["--shmem"])
     with (
@@ -208,7 +212,7 @@ def restore(settings, snapshot, aio):
 
 
 def engines_of(pid):
-    """What a process has set up for asynchronous I/O, by QEMU's names."""
+    """The engines of asynchronous I/O that a process has set up, by QEMU's names."""
     engines = set()
     if "/[aio]" in Path(f"/proc/{pid}/maps").read_text("ascii"):
         engines.add("native")
@@ -219,7 +223,7 @@ def engines_of(pid):
 
 
 def mix(z):
-    """As in guest/guest.h."""
+    """splitmix64, equal to mix() in guest/guest.h."""
     z = z + 0x9E3779B97F4A7C15 & MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
@@ -227,24 +231,24 @@ def mix(z):
 
 
 def word_of(sector, round_):
-    """The first word of a sector that was written in a round, as in guest/disk.c."""
+    """The first word of a sector that guest/disk.c writes in a round."""
     return mix(round_ << 32 | sector)
 
 
 def sector_of(sector, round_):
-    """The bytes of a sector that was written in a round."""
+    """The bytes of a sector that guest/disk.c writes in a round."""
     words = range(SECTOR // 8)
     same = word_of(sector, round_) * sum(1 << 64 * i for i in words)
     return (same ^ sum(i << 64 * i for i in words)).to_bytes(SECTOR, "little")
 
 
 def last_round(slot):
-    """In which a worker has written a slot last."""
+    """The last round in which a worker writes a slot."""
     return ROUNDS - (ROUNDS - slot) % SLOTS
 
 
 def check_image(image):
-    """The disk's file has what the workers have written last, and nothing else."""
+    """Fails unless each sector of the disk's file has what a worker wrote there last."""
     if len(image) != BYTES:
         raise Failure(f"the disk's file has {len(image)} bytes, not {BYTES}")
     for sector in range(BYTES // SECTOR):

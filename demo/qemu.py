@@ -19,7 +19,7 @@ GUEST_ARGS = (
     "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 acpi=off lsm= audit=0 "
     "mitigations=off cryptomgr.notests rodata=off init_on_alloc=0"
 )
-# PCI is for guests with a disk.
+# For guests without a disk, which do not need PCI.
 NO_PCI = "pci=off"
 VERIFIED = re.compile(r"^KDP-VERIFY ok (\d+)$")
 

@@ -2,12 +2,15 @@
 
 //! Neighbours that a fault maps together with its page, so that they need no fault of their own.
 //!
-//! Only what costs nothing but a page table entry. On hugetlb: pages that are present and whose folios are
-//! pinned. The page's own folio is. On shmem: pages that are present and in the page cache.
+//! A fault maps only neighbours that cost no more than a page table entry:
 //!
-//! On hugetlb, where a source has the bytes of absent neighbours, and touches around say that they will be wanted
-//! (rules/fill.rs), a fault that fills its page fills them, too: those of the page's own huge page, from the
-//! page cache.
+//! - On hugetlb: present pages whose folios are pinned. The folio of the fault's own page is
+//!   pinned.
+//! - On shmem: present pages that the page cache has.
+//!
+//! On hugetlb, a fault that fills its page from a source may also fill absent neighbours. It does
+//! so if the accesses around suggest that they will be accessed soon (rules/fill.rs). It fills only
+//! pages of its own huge page, and only from the page cache.
 //!
 //! # Locks
 //!
@@ -48,7 +51,8 @@ pub(crate) fn map(slot: &Memslot, pages: &Pages, fault: &Fault<'_>, word: u64) {
     }
 }
 
-/// The same in native memory. `cached` is the fault's own page.
+/// Maps present neighbours in native memory, after a fault has mapped its page as a single one.
+/// `cached` is the fault's own page, and `word` holds the present bits around it.
 #[inline]
 pub(crate) fn map_cached(fault: &Fault<'_>, cached: &CachedPage, word: u64) {
     let page = fault.pgoff();

@@ -590,15 +590,15 @@ fn wait<'a>(
     fault: Fault<'a>,
     page: u64,
 ) -> Result<Outcome, Fault<'a>> {
-    // Nobody can kill a kernel thread. The memory and the VM of the process that it asks for stay until
-    // it has answered, and who closes the VM waits for it (cancel_work_sync() in
-    // virt/kvm/async_pf.c). If it fails, the vCPU's thread asks.
+    // Nobody can kill a kernel thread. It accesses the memory of another process. The memory and
+    // the VM of that process stay until the access ends. A task that closes the VM waits for that
+    // (cancel_work_sync() in virt/kvm/async_pf.c). If the access fails, the vCPU's thread makes it.
     let in_kthread = fault.is_native() && fault.is_in_kthread();
     if in_kthread && fault.is_retried() {
         return Ok(Outcome::Fail);
     }
-    // The kernel accesses memory of a thread that ends: its robust futexes (exit_robust_list() in
-    // kernel/futex/core.c). The thread's process may be the one that would make the page present.
+    // When a thread ends, the kernel accesses its robust futexes (exit_robust_list() in
+    // kernel/futex/core.c). The thread must not wait: its own process may be the page handler.
     if is_ending() {
         return Ok(fail(&slot));
     }

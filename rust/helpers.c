@@ -38,9 +38,11 @@ bool kdp_fault_is_in_block(const struct vm_fault *vmf)
 }
 
 /*
- * Whether an address near a fault of one page is mapped, or is none of the area's
- * in the same page table. In native memory, the kernel may free the table meanwhile,
- * after a grace period (retract_page_tables() in mm/khugepaged.c, MADV_DONTNEED).
+ * Whether an address near a fault of one page is mapped. Also true if the address lies outside the
+ * VMA or outside the fault's page table, and if there is no page table.
+ *
+ * In native memory, the kernel may free the page table meanwhile (retract_page_tables() in
+ * mm/khugepaged.c, MADV_DONTNEED). It waits for an RCU grace period first.
  */
 bool kdp_fault_is_mapped(const struct vm_fault *vmf, unsigned long address)
 {
@@ -111,7 +113,7 @@ bool kdp_fault_is_in_kthread(const struct vm_fault *vmf)
 	return current->flags & PF_KTHREAD && vmf->flags & FAULT_FLAG_REMOTE;
 }
 
-/* Whether that thread is one of a workqueue. */
+/* Whether such a kernel thread is a kworker. */
 bool kdp_fault_is_in_kworker(const struct vm_fault *vmf)
 {
 	return kdp_fault_is_in_kthread(vmf) && current->flags & PF_WQ_WORKER;
@@ -579,8 +581,9 @@ bool kdp_current_returns_to_user(void)
 }
 
 /*
- * Whether the current thread ends, or dumps core. One that ends gets no more signals
- * (wants_signal() in kernel/signal.c), so nothing would end its wait; a core dump has what is there.
+ * Whether the current thread is ending or dumping core. A thread that is ending gets no more
+ * signals (wants_signal() in kernel/signal.c), so nothing could end its wait. A core dump needs
+ * present pages only.
  */
 bool kdp_current_is_ending(void)
 {

@@ -109,7 +109,7 @@ void kdp_native_insert_around(struct vm_fault *vmf, struct page *page, pgoff_t f
 vm_fault_t kdp_native_copy_from(struct vm_fault *vmf, struct page *page);
 vm_fault_t kdp_native_insert_block(struct vm_fault *vmf, struct page *page);
 
-/* files of shmem with folios of 2 MiB, and memory policies: shmem.c */
+/* shmem files with folios of 2 MiB, and memory policies of shmem: shmem.c */
 struct mempolicy;
 int kdp_shmem_init(void);
 void kdp_shmem_exit(void);

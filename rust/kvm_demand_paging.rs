@@ -103,7 +103,8 @@ impl InPlaceModule for KvmDemandPaging {
             kvm <- kvm,
             work: ffi::work::WorkQueue::new()?,
             memory: ffi::memory_failure::Watch::new()?,
-            // SAFETY: As above. The device is registered after this.
+            // SAFETY: This runs once in the life of the loaded module. The device, through which
+            // files are opened, is registered after it.
             shmem: unsafe { ffi::shmem::Shmem::new()? },
             device <- device::Control::node(),
         })

@@ -737,7 +737,8 @@ impl FileOps for Memslot {
             this.backing.memfd().check_seals(&mapping)?;
         }
         if this.backing.is_native() {
-            // remap_file_pages(2) comes with the file of an area. So do we, when we map a range anew.
+            // remap_file_pages(2) passes the file of a VMA. So does the module when it maps a range
+            // again.
             let is_area = mapping.is_redirected(this.backing.memfd());
             if is_area && this.remapper.kind().is_none() {
                 return Err(EINVAL);

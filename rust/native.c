@@ -160,10 +160,10 @@ vm_fault_t kdp_native_insert(struct vm_fault *vmf, struct page *page)
 }
 
 /*
- * Maps pages @first to @last of the memfd around the fault, if the page cache has them and they
- * are in the fault's page table. @page, the fault's own, is mapped and locked.
+ * Maps those of pages @first to @last of the memfd that the page cache has and that belong to the
+ * fault's page table. @page, the fault's own, is mapped and locked.
  *
- * Not by filemap_map_pages(), which maps all pages of a folio, the absent ones, too.
+ * filemap_map_pages() does not do: it maps all pages of a folio, also those that are absent.
  */
 void kdp_native_insert_around(struct vm_fault *vmf, struct page *page, pgoff_t first,
 			      pgoff_t last)

@@ -171,10 +171,11 @@ impl Mapping for NativeMapping {
     }
 }
 
-/// Makes a new mapping of a memslot's file one of the memfd's own areas.
+/// Sets a new mapping of native memory up: gives it a file of the memfd's inode, and the fault
+/// handlers of this module.
 pub(crate) fn map(slot: ArcBorrow<'_, Memslot>, mut mapping: NewMapping<'_, Memslot>) -> Result {
     let base = slot.backing.offset();
-    // What is mapped anew is an area of the right file already.
+    // When the module maps a range again, the VMA has the right file already.
     if slot.remapper.kind().is_none() {
         let end = mapping.pgoff().checked_add(mapping.pages());
         if end.is_none_or(|end| end > slot.place.nr_pages) {
@@ -187,7 +188,7 @@ pub(crate) fn map(slot: ArcBorrow<'_, Memslot>, mut mapping: NewMapping<'_, Mems
             slot.opened();
             slot.into()
         };
-        // Mapped anew, the area may be written if its file may.
+        // When the module maps the range again, its VMA may be written if its file may.
         let writable = mapping.may_write();
         let file = RawFile::of_memfd(slot.backing.memfd().file(), writable, make)?;
         mapping.redirect(&file, base);
@@ -239,9 +240,9 @@ fn insert(
     word: u64,
 ) -> Outcome {
     let page = fault.pgoff();
-    // A page that the guest only reads stays the memslot's. It is in the page cache now, where the
-    // vCPU's thread finds it: KVM has that ask next, for what the guest does. KVM has asked without
-    // waiting before. Other users of kworkers have not, and get their private page.
+    // Do not copy a page that the guest may only read. It is in the page cache now. KVM next lets
+    // the vCPU's thread make the guest's own access, which finds the page there. KVM has asked for
+    // the page without waiting before; no other user of a kworker has.
     if fault.copies_in_kworker() && slot.asked.is_by_any(page) {
         return Outcome::Fail;
     }

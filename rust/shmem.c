@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* What the kernel's shmem offers to its own users only. See helpers.h. */
+/* Functions of shmem that the kernel does not export to modules. See helpers.h. */
 #include <linux/fcntl.h>
 #include <linux/fs.h>
 #include <linux/fs_context.h>
@@ -9,11 +9,11 @@
 
 #include "helpers.h"
 
-/* Both are written when the module is loaded and unloaded, while nobody else can be in it. */
+/* Both are written once, when the module is loaded, before anybody else can read them. */
 static struct vfsmount *huge_mount;
 static const struct vm_operations_struct *shmem_ops;
 
-/* A tmpfs that allocates folios of 2 MiB: as drm_gem_huge_mnt_create() makes one. */
+/* Mounts a tmpfs that allocates folios of 2 MiB, as drm_gem_huge_mnt_create() does. */
 static struct vfsmount *mount_huge(void)
 {
 	struct file_system_type *type = get_fs_type("tmpfs");
@@ -34,7 +34,7 @@ static struct vfsmount *mount_huge(void)
 	return mount;
 }
 
-/* Asks a file of shmem for the operations of its areas, which are not exported. */
+/* Gets the VMA operations of shmem from a shmem file: the kernel does not export them. */
 static const struct vm_operations_struct *find_shmem_ops(void)
 {
 	struct file *file = shmem_file_setup("kvm-demand-paging", PAGE_SIZE,
@@ -71,7 +71,7 @@ int kdp_shmem_init(void)
 	return 0;
 }
 
-/* Files that are still open keep the mount. */
+/* A file that is still open keeps the mount alive. */
 void kdp_shmem_exit(void)
 {
 	if (huge_mount)
@@ -84,8 +84,9 @@ bool kdp_shmem_has_huge(void)
 }
 
 /*
- * A file like a memfd of shmem (memfd_alloc_file() in mm/memfd.c) of @size bytes, which cannot
- * shrink, in folios of 2 MiB where there is memory for them. EOPNOTSUPP if the kernel has none.
+ * Creates a shmem file of @size bytes, like a memfd (memfd_alloc_file() in mm/memfd.c). The file
+ * cannot shrink. The kernel allocates it in folios of 2 MiB where it can. -EOPNOTSUPP if the kernel
+ * has no such folios.
  */
 struct file *kdp_shmem_huge_file(loff_t size)
 {
@@ -107,9 +108,9 @@ struct file *kdp_shmem_huge_file(loff_t size)
 }
 
 /*
- * mbind(2) and get_mempolicy(2): the memory policy of pages of shmem is the inode's, in every
- * mapping. An area of native memory has the memfd's inode and offset, as shmem's own functions
- * expect.
+ * mbind(2) and get_mempolicy(2). In shmem, the memory policy belongs to the inode, and applies to
+ * all its mappings. A VMA of native memory has the inode of the memfd and the offset in it, as
+ * shmem's functions expect.
  */
 #ifdef CONFIG_NUMA
 int kdp_shmem_set_policy(struct vm_area_struct *vma, struct mempolicy *policy)

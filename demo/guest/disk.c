@@ -1,20 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A guest that tests its disk: PID 1 of a Linux that has a virtio-blk disk, /dev/vda.
+ * A program that tests the disk of its guest: PID 1 of a Linux guest with a virtio-blk disk,
+ * /dev/vda.
  *
- * Several processes, the workers, write to the disk and read from it with O_DIRECT. Each has a part
- * of the disk, divided into slots, and memory for each of its rounds: a chunk with what it writes,
- * and two chunks that it reads to. All of that memory is filled before the first round. Until its
- * round has read, only the disk accesses it. A guest that is stopped, and goes on with absent
- * memory, has absent pages under the I/O of every round.
+ * Several processes, the workers, write to the disk and read from it with O_DIRECT. Each worker has
+ * a part of the disk, divided into slots. It also has memory for each of its rounds: a chunk that
+ * it writes, and two chunks that it reads to. It fills all of that memory before the first round.
+ * Until a round has read, only the disk accesses the round's memory. So if a VMM stops the guest
+ * and resumes it with absent memory, every later round does I/O to absent pages.
  *
- * A round writes its chunk to the next slot, reads that slot, and the one that was written longest
- * ago. All words are compared. A line for each round on the console:
+ * In each round, a worker
+ *
+ *   - writes its chunk to the next slot,
+ *   - reads that slot, and the slot that was written longest ago,
+ *   - compares all words.
+ *
+ * Then it prints a line on the console:
  *
  *   KDP-DISK N round R
  *
- * and KDP-FAILED for the first word that is wrong, and for an I/O error. When a worker has had all
- * its rounds it says "KDP-DISK N done", and ends.
+ * At the first wrong word, or at an I/O error, it prints KDP-FAILED. After its last round it prints
+ * "KDP-DISK N done", and ends.
  *
  * The kernel's command line may set
  *
@@ -37,7 +43,7 @@
 #define WORDS	(SECTOR / sizeof(uint64_t))
 #define PAGE	4096UL
 
-/* What nothing on the disk looks like. */
+/* The disk never holds a page of this byte. */
 #define JUNK	0xa5
 
 static unsigned long rounds, slots, chunk, pause_ms;
@@ -49,7 +55,7 @@ struct worker {
 	char *to;
 };
 
-/* Word @i of a sector of the disk that was written in a round, which are counted from 1. */
+/* Word @i of a sector that a worker writes in a round. Rounds are counted from 1. */
 static uint64_t word_of(uint64_t sector, unsigned long round, unsigned long i)
 {
 	return mix((uint64_t)round << 32 | sector) ^ i;
@@ -96,7 +102,7 @@ static void *map(unsigned long bytes)
 {
 	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-	/* Single pages, anywhere in memory. */
+	/* Small pages, so that they are anywhere in memory. */
 	if (at == MAP_FAILED || madvise(at, bytes, MADV_NOHUGEPAGE))
 		die("memory");
 	memset(at, JUNK, bytes);
@@ -164,7 +170,7 @@ int main(void)
 		}
 	while (wait(NULL) > 0)
 		;
-	/* PID 1 may not end. */
+	/* PID 1 must not end. */
 	for (;;)
 		pause();
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the programs share that are PID 1 of a Linux guest. */
+/* Functions of the programs that run as PID 1 of a Linux guest. */
 #ifndef KDP_GUEST_H
 #define KDP_GUEST_H
 
@@ -38,7 +38,7 @@ static uint64_t mix(uint64_t z)
 	return z ^ (z >> 31);
 }
 
-/* A number of the kernel's command line. */
+/* The number that the kernel's command line gives to @name, or @otherwise if it has none. */
 static unsigned long wanted(const char *name, unsigned long otherwise)
 {
 	const char *text = getenv(name);
@@ -46,7 +46,7 @@ static unsigned long wanted(const char *name, unsigned long otherwise)
 	return text ? strtoul(text, NULL, 10) : otherwise;
 }
 
-/* Makes /dev, and the serial port the standard output. Returns 0, or -1. */
+/* Mounts /dev, and makes the serial port the standard input and output. Returns 0, or -1. */
 static int open_console(void)
 {
 	int console;

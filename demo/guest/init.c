@@ -27,7 +27,7 @@
 static uint64_t sums[MAX_BLOCKS];
 static uint64_t buffer[WORDS];
 
-/* Every word of every block differs, so a page that stands in another's place is found. */
+/* Every word of every block differs, so the check finds a page that is in another page's place. */
 static uint64_t word_at(uint64_t n)
 {
 	return mix(n * 0x9e3779b97f4a7c15ULL);

@@ -22,7 +22,8 @@
  *   kdp_spike_at the round before which they are (1)
  *   kdp_rounds   rounds until it checks everything, says "KDP-LOAD done" and resets the machine (0: for ever)
  *   kdp_pause    milliseconds between rounds (20)
- *   kdp_waits    instead of all this, pages that a process reads in turn while another one counts (0: none); see waits.h
+ *   kdp_waits    if not 0, it replaces the load: one process reads so many pages in turn, and
+ *                another process counts; see waits.h (0)
  */
 #include <sys/mman.h>
 #include <time.h>

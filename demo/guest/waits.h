@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What a guest gets done while a page is absent: one process reads pages in turn, with pauses, and
- * another one counts without a pause. The host finds all of it by the pages' first two words:
+ * Shows how much a guest works while a page is absent. One process reads pages in turn, with
+ * pauses. Another process counts without a pause. The host finds these pages by their first two
+ * words:
  *
- *   WAITS_MAGIC, 0    word 2 is what the other process counts
- *   WAITS_MAGIC, n    page n of those that are read, from 1 on
+ *   WAITS_MAGIC, 0    word 2 is the counter of the other process
+ *   WAITS_MAGIC, n    the first process reads this page as number n, from 1 on
  */
 #ifndef KDP_GUEST_WAITS_H
 #define KDP_GUEST_WAITS_H
@@ -18,7 +19,7 @@
 #define WAITS_PAGE	4096UL
 #define WAITS_MAGIC	0x6b64702d77616974ULL
 
-/* Does not return, but with the name of what has failed. */
+/* Returns only if something fails: the name of what failed. */
 static const char *work_while_one_waits(unsigned long pages)
 {
 	const struct timespec pause = { .tv_nsec = 2 * 1000000L };

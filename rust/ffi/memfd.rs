@@ -65,8 +65,11 @@ impl Memfd {
         Ok(Self { file, order })
     }
 
-    /// Checks a new shared mapping of the memfd's pages, as shmem and hugetlb check theirs
-    /// (check_write_seal() in mm/memfd.c): EPERM if it is writable and F_SEAL_FUTURE_WRITE was added.
+    /// Checks a new shared mapping of the memfd's pages against F_SEAL_FUTURE_WRITE. EPERM if the
+    /// memfd has the seal and the mapping is writable. If it is not, it never becomes writable.
+    ///
+    /// The kernel checks mappings of shmem and hugetlb in the same way (check_write_seal() in
+    /// mm/memfd.c).
     pub(crate) fn check_seals<F: Send + Sync>(&self, mapping: &NewMapping<'_, F>) -> Result {
         let mut is_memfd = false;
         // SAFETY: The file is valid, and `is_memfd` is a place for the answer.

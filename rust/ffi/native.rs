@@ -127,16 +127,18 @@ impl Fault<'_> {
         unsafe { c::kdp_fault_is_in_kthread(self.raw()) }
     }
 
-    /// The page would be copied to a private one in a kworker, which asks by get_user_pages() for
-    /// another process: KVM's asynchronous page faults ask for every page to be written
-    /// (async_pf_execute() in virt/kvm/async_pf.c).
+    /// Whether a kworker makes this fault for another process, by get_user_pages(), and the kernel
+    /// would copy the page to a private one.
+    ///
+    /// KVM's asynchronous page faults ask for write access to every page (async_pf_execute() in
+    /// virt/kvm/async_pf.c).
     pub(crate) fn copies_in_kworker(&self) -> bool {
         // SAFETY: The fault is being handled.
         self.makes_private() && unsafe { c::kdp_fault_is_in_kworker(self.raw()) }
     }
 
-    /// Maps the page where the fault is, and then what is best mapped with it, by `around`; or gives its bytes
-    /// to a private page.
+    /// Maps the page where the fault is, and then calls `around` to map its neighbours. If the
+    /// access makes a private copy, hands the page to the kernel instead, which copies it.
     #[inline]
     pub(crate) fn insert_cached(
         &self,
@@ -161,9 +163,10 @@ impl Fault<'_> {
         outcome
     }
 
-    /// Maps pages `first` to `last` of the memslot that the page cache has, where nothing is mapped. What the
-    /// fault's page table does not hold is left out. Nobody may take them away meanwhile: the caller's lock
-    /// ensures that. `page` is the fault's own.
+    /// Maps those of pages `first` to `last` of the memslot that the page cache has, where nothing
+    /// is mapped. Skips pages outside the fault's page table. `page` is the fault's own page.
+    ///
+    /// The caller's lock must keep all these pages present.
     pub(crate) fn insert_around(&self, page: &CachedPage, first: u64, last: u64) {
         let [first, last] = [first, last].map(|page| (self.base() + page) as usize);
         // SAFETY: The fault is being handled; the page is locked, with a reference.

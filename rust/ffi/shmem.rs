@@ -13,7 +13,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// The mount, as long as the module is loaded.
+/// The mount of that tmpfs, which exists as long as the module is loaded.
 ///
 /// # Invariants
 ///
@@ -21,23 +21,23 @@ use kernel::{
 pub(crate) struct Shmem(());
 
 impl Shmem {
-    /// Mounts it. Without huge pages in the kernel there is no mount, and no error.
+    /// Mounts the tmpfs. If the kernel has no transparent huge pages, mounts nothing and succeeds.
     ///
     /// # Safety
     ///
-    /// This is called once in the life of the loaded module, before a file of it can be opened.
+    /// Call this once in the life of the loaded module, before anybody can open one of its files.
     pub(crate) unsafe fn new() -> Result<Self> {
         // SAFETY: By the caller's promise.
         to_result(unsafe { c::kdp_shmem_init() })?;
-        // INVARIANT: It has.
+        // INVARIANT: `kdp_shmem_init()` has just succeeded.
         Ok(Self(()))
     }
 }
 
 impl Drop for Shmem {
     fn drop(&mut self) {
-        // SAFETY: It was initialised (type invariant). The module is being unloaded: no file of it is
-        // open.
+        // SAFETY: `kdp_shmem_init()` has succeeded (type invariant). The module is being unloaded:
+        // none of its files is open.
         unsafe { c::kdp_shmem_exit() };
     }
 }
@@ -48,9 +48,11 @@ pub(crate) fn has_huge() -> bool {
     unsafe { c::kdp_shmem_has_huge() }
 }
 
-/// A new file of so many bytes. EOPNOTSUPP if the kernel has no folios of 2 MiB for it.
+/// Creates a file of that many bytes, in folios of 2 MiB. EOPNOTSUPP if the kernel has no such
+/// folios.
 pub(crate) fn huge_file(bytes: u64) -> Result<RawFile> {
     let bytes = i64::try_from(bytes).map_err(|_| EINVAL)?;
-    // SAFETY: Always safe to call in a process's context while the module is loaded. The file is new.
+    // SAFETY: Always safe to call in a process's context while the module is loaded. The file is
+    // new.
     unsafe { RawFile::of_new(c::kdp_shmem_huge_file(bytes)) }
 }

@@ -83,7 +83,7 @@ pub(crate) fn current_reader() -> Owner {
     Owner(id)
 }
 
-/// Whether the current thread ends or dumps core. It must not wait for a page then.
+/// Whether the current thread is ending or dumping core. Such a thread must not wait for a page.
 pub(crate) fn is_ending() -> bool {
     // SAFETY: Always safe to call in a thread's context.
     unsafe { c::kdp_current_is_ending() }

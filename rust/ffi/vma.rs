@@ -489,12 +489,13 @@ impl<'a, F: Send + Sync + 'static> NewMapping<'a, F> {
         }
     }
 
-    /// Whether mprotect(2) may make it writable: its file is open for writing, and no seal forbids it.
+    /// Whether mprotect(2) may make the mapping writable: its file is open for writing, and no seal
+    /// forbids it.
     pub(crate) fn may_write(&self) -> bool {
         self.vma.flags() & flags::MAYWRITE != 0
     }
 
-    /// Sees to it that it is never writable. EPERM if it is.
+    /// Prevents mprotect(2) from making the mapping writable. EPERM if it is writable already.
     pub(super) fn forbid_writing(&self) -> Result {
         self.vma.try_clear_maywrite().map_err(|_| EPERM)
     }

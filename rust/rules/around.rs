@@ -42,8 +42,9 @@ pub fn window(page: u64, size: u64, first: u64, end: u64) -> impl Iterator<Item 
     })
 }
 
-/// Present pages side by side in the window of [`window`], as far as it is in the page's own word, which holds the
-/// present bits: the first and the last of each run.
+/// Runs of adjacent present pages in the page's [`window`]: the first and the last page of each.
+///
+/// `word` holds the present bits of 64 pages, among them the page. Only these pages are considered.
 pub fn runs(
     word: u64,
     page: u64,

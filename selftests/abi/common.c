@@ -207,8 +207,10 @@ static void good(struct __test_metadata *_metadata, struct _test_data_abi *self,
 #define ends(c) ((c)->cmd == KDP_REPLACE ? ENXIO : 0)
 
 /*
- * Without KVM, KDP_VCPU_EXITS has no good argument; without hugetlb, KDP_REPLACE has none; without
- * transparent huge pages, KDP_MEMFD has none.
+ * Some calls have no valid argument on some hosts:
+ * - KDP_VCPU_EXITS without KVM,
+ * - KDP_REPLACE without hugetlb,
+ * - KDP_MEMFD without transparent huge pages.
  */
 #define skip_call(c) (((c)->cmd == KDP_VCPU_EXITS && !self->has_exits) ||	\
 		      ((c)->cmd == KDP_MEMFD && !self->has_memfd) ||		\

@@ -144,7 +144,7 @@ TEST_F(map, vm_fd_is_refused)
 	EXPECT_NO_MAP(self->vm, PAGE, PROT_READ, MAP_SHARED, KDP_BITMAP_OFFSET);
 }
 
-/* How a thread asks for all pages of a new mapping by one system call. */
+/* The system call by which a thread populates a whole new mapping. */
 enum populate_by { BY_MAP_POPULATE, BY_MLOCK, BY_MLOCK_ONFAULT, BY_MLOCKALL, BY_MLOCKALL_ONFAULT,
 		   BY_MLOCKALL_BEFORE };
 
@@ -228,7 +228,7 @@ TEST_F(map, mlock_waits)
 	populate_waits(_metadata, &self->s, BY_MLOCK);
 }
 
-/* It is not known to be locked on fault: mlock_fixup() in mm/mlock.c passes over VM_DONTEXPAND. */
+/* MLOCK_ONFAULT waits, too: mlock_fixup() (mm/mlock.c) skips VM_DONTEXPAND and ignores the flag. */
 TEST_F(map, mlock_on_fault_waits)
 {
 	populate_waits(_metadata, &self->s, BY_MLOCK_ONFAULT);
@@ -244,7 +244,7 @@ TEST_F(map, mlockall_on_fault_waits)
 	populate_waits(_metadata, &self->s, BY_MLOCKALL_ONFAULT);
 }
 
-/* mmap(2) itself waits after MCL_FUTURE. */
+/* After mlockall(MCL_FUTURE), mmap(2) itself waits. */
 TEST_F(map, mlockall_before_waits)
 {
 	populate_waits(_metadata, &self->s, BY_MLOCKALL_BEFORE);
@@ -279,7 +279,7 @@ TEST_F(map, read_only_guest_memory)
 	EXPECT_BYTE(0x13, ro);
 }
 
-/* F_SEAL_FUTURE_WRITE holds for mappings of the memslot, as for those of the memfd. */
+/* F_SEAL_FUTURE_WRITE of the memfd also applies to mappings of the memslot. */
 TEST_F(map, future_write_seal)
 {
 	struct kdp_memslot_create create = good_create(_metadata, 2, PAGES);

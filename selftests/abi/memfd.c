@@ -60,7 +60,7 @@ TEST_F(abi_memfd, is_like_a_memfd)
 	EXPECT_EQ(0, kdp_create(self->vm, &create));
 }
 
-/* The file outlives its VM. */
+/* The file stays valid when the VM is closed. */
 TEST_F(abi_memfd, does_not_depend_on_the_vm)
 {
 	unsigned char byte = 1;

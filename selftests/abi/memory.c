@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Invariant 8, who pays for memory. Pages of shmem are not pinned: they do not count for
- * RLIMIT_MEMLOCK, and punching them out frees them. Huge pages of hugetlb come out of its pool.
- * Memory cgroups are tested in behaviour/src/tests/native_memcg.rs.
+ * Invariant 8, who is charged for memory. Pages of shmem are not pinned: they do not count for
+ * RLIMIT_MEMLOCK, and a punched hole frees them. Huge pages come out of the pool of hugetlb.
+ * behaviour/src/tests/native_memcg.rs tests memory cgroups.
  */
 #include "test.h"
 

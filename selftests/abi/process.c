@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * System calls of a process on native memory, the part of its mapping that is present and the part
- * that is not. Whatever a call does or refuses: a present page keeps its bytes, and an absent page
- * stays absent. It never shows what the memfd has there, be it old bytes or the zeros of a hole.
+ * System calls of a process on a mapping of native memory, of which a part is present. Whether a
+ * call succeeds or fails: a present page keeps its bytes, and an absent page stays absent. A
+ * process never reads what the memfd holds at an absent page, be it old bytes or the zeros of a
+ * hole.
  */
 #include "test.h"
 
@@ -17,7 +18,7 @@
 #define WATCHED		24
 #define STALE_BYTE	0xee
 
-/* Newer than the C library. */
+/* The C library may not know these yet. */
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL	102
 #define MADV_GUARD_REMOVE	103
@@ -40,7 +41,7 @@ FIXTURE_VARIANT_ADD(native, large_folio) { .large = true };
 
 #define THP_SYSFS	"/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
-/* Has the memfd allocate all of its block at once, as one folio. */
+/* Makes the memfd allocate its whole block at once, as one folio. Returns whether it did. */
 static bool allocate_large(struct slot *s)
 {
 	char now[128] = "", *old;
@@ -58,7 +59,7 @@ static bool allocate_large(struct slot *s)
 	old[strcspn(old, "]")] = 0;
 	if (!write_text(THP_SYSFS, "always"))
 		return false;
-	/* Not through a mapping: that would have to be aligned to a block. */
+	/* By pwrite(2): a mapping would have to be aligned to a block. */
 	ok = pwrite(s->memfd, "", 1, 0) == 1 && !fstat(s->memfd, &st) &&
 	     st.st_blocks == (blkcnt_t)(BLOCK * PAGE / 512);
 	return write_text(THP_SYSFS, old) && ok;
@@ -87,7 +88,7 @@ FIXTURE_TEARDOWN(native)
 	close(self->vm);
 }
 
-/* A fresh view of the memslot, with its present pages mapped. */
+/* Maps the memslot once more, and accesses its present pages, so that they are mapped there. */
 static struct slot view_new(struct __test_metadata *_metadata, struct slot *s, bool private)
 {
 	struct slot view = *s;
@@ -101,7 +102,10 @@ static struct slot view_new(struct __test_metadata *_metadata, struct slot *s, b
 	return view;
 }
 
-/* EXPECT that present pages have their bytes, and that nothing is mapped or asked for elsewhere. */
+/*
+ * EXPECT that present pages have their bytes, and that absent pages cannot be read. There must be
+ * no event.
+ */
 static void expect_untouched(struct __test_metadata *_metadata, int mem, struct slot *view,
 			     const char *what)
 {
@@ -125,7 +129,10 @@ static void expect_untouched(struct __test_metadata *_metadata, int mem, struct 
 	EXPECT_FALSE(event_pending(view->vm, 0)) TH_LOG("%s: an event", what);
 }
 
-/* EXPECT that who reads an absent page waits for it, and reads what the memfd has when it comes. */
+/*
+ * EXPECT that a thread that reads an absent page waits. When the page is present, it reads what the
+ * memfd has there.
+ */
 static void expect_waits(struct __test_metadata *_metadata, struct slot *view, int page)
 {
 	struct toucher t = { 0 };
@@ -138,7 +145,7 @@ static void expect_waits(struct __test_metadata *_metadata, struct slot *view, i
 	EXPECT_MARK(1, view, KDP_STATE_ABSENT, page, 1);
 }
 
-/* Advice, and the errno for a shared mapping. */
+/* Advice, and the errno for a shared mapping and for a private one. */
 static const struct advice {
 	const char *name;
 	int advice;
@@ -157,7 +164,7 @@ static const struct advice {
 	{ "FREE", MADV_FREE, EINVAL, EINVAL },
 	{ "WIPEONFORK", MADV_WIPEONFORK, EINVAL, EINVAL },
 	{ "KEEPONFORK", MADV_KEEPONFORK, 0, 0 },
-	/* The memslot's file is not the memfd: it has no holes to punch. */
+	/* The memslot's file is not the memfd: it has no `fallocate` to punch holes with. */
 	{ "REMOVE", MADV_REMOVE, EOPNOTSUPP, EACCES },
 	{ "DONTFORK", MADV_DONTFORK, 0, 0 },
 	/* VM_DONTEXPAND */
@@ -183,7 +190,7 @@ TEST_F(native, madvise)
 		int want = variant->private ? a->private_err : a->err;
 		int err = madvise(view.guest, BLOCK * PAGE, a->advice) ? errno : 0;
 
-		/* Some kernels are built without it. */
+		/* The kernel may be built without this advice: ordinary memory then fails, too. */
 		if (!want && err == EINVAL && madvise(s->alias, PAGE, a->advice))
 			err = 0;
 		EXPECT_EQ(want, err) TH_LOG("MADV_%s", a->name);
@@ -197,7 +204,10 @@ TEST_F(native, madvise)
 	}
 }
 
-/* MADV_DONTNEED drops a private copy, as anywhere. The memslot's page is there again, or absent. */
+/*
+ * MADV_DONTNEED drops a private copy, as in any mapping. The next access then gets the memslot's
+ * page, or waits if that is absent. Other advice keeps the copy.
+ */
 TEST(native_madvise_of_private_copies)
 {
 	int vm = vm_open(_metadata);
@@ -223,7 +233,7 @@ TEST(native_madvise_of_private_copies)
 	expect_waits(_metadata, &view, PRESENT);
 }
 
-/* A child has no mapping that is MADV_DONTFORK; its parent has it still. */
+/* After MADV_DONTFORK, a child does not have the mapping. Its parent keeps it. */
 TEST_F(native, dontfork)
 {
 	struct slot view = view_new(_metadata, &self->s, variant->private);
@@ -244,7 +254,7 @@ TEST_F(native, dontfork)
 	expect_waits(_metadata, &view, PRESENT);
 }
 
-/* Rights are asked before the page is: who may not read it neither waits nor has it fetched. */
+/* Access rights are checked first: without the right, a thread gets SIGSEGV and does not wait. */
 TEST_F(native, mprotect)
 {
 	struct slot view = view_new(_metadata, &self->s, variant->private);
@@ -272,7 +282,7 @@ TEST_F(native, mprotect)
 	expect_untouched(_metadata, self->mem, &view, "mprotect");
 }
 
-/* Who waits when the right is taken away does not read the page when it comes. */
+/* A thread loses the right to read while it waits. When the page is present, it gets SIGSEGV. */
 TEST_F(native, mprotect_while_somebody_waits)
 {
 	struct slot view = view_new(_metadata, &self->s, variant->private);
@@ -288,7 +298,7 @@ TEST_F(native, mprotect_while_somebody_waits)
 	expect_untouched(_metadata, self->mem, &view, "mprotect");
 }
 
-/* All pages go to the new address. A thread that waits at the old one finds nothing there. */
+/* mremap(2) moves all pages to the new address. A thread that waits at the old one gets SIGSEGV. */
 TEST_F(native, mremap_while_somebody_waits)
 {
 	struct slot view = view_new(_metadata, &self->s, variant->private);
@@ -310,7 +320,7 @@ TEST_F(native, mremap_while_somebody_waits)
 	EXPECT_EQ(SIGSEGV, touch_read(old, &val));
 	expect_untouched(_metadata, self->mem, &view, "mremap");
 	expect_waits(_metadata, &view, PRESENT);
-	/* A part of it. */
+	/* Move a part of it. */
 	ASSERT_EQ(old, mremap(view.guest + (PRESENT - 1) * PAGE, 3 * PAGE, 3 * PAGE,
 			      MREMAP_MAYMOVE | MREMAP_FIXED, old));
 	EXPECT_BYTE(0x10 + PRESENT - 1, old);
@@ -319,7 +329,10 @@ TEST_F(native, mremap_while_somebody_waits)
 	expect_waits(_metadata, &view, PRESENT + 1);
 }
 
-/* mlock(2) of present pages does not wait, nor does munlock(2) of any; neither sets VM_LOCKED. */
+/*
+ * mlock(2) of present pages does not wait, and does not set VM_LOCKED. munlock(2) does not wait for
+ * absent pages either.
+ */
 TEST_F(native, mlock)
 {
 	struct slot view = view_new(_metadata, &self->s, variant->private);
@@ -327,7 +340,7 @@ TEST_F(native, mlock)
 	EXPECT_EQ(0, mlock(view.guest, PRESENT * PAGE));
 	EXPECT_EQ(0, munlock(view.guest, BLOCK * PAGE));
 	EXPECT_EQ(0, munlockall());
-	/* Locked memory has neither MADV_DONTNEED nor MADV_PAGEOUT. */
+	/* MADV_DONTNEED and MADV_PAGEOUT would fail on locked memory. */
 	EXPECT_EQ(0, mlock(view.guest, PRESENT * PAGE));
 	EXPECT_EQ(0, madvise(view.guest, BLOCK * PAGE, MADV_PAGEOUT));
 	EXPECT_EQ(0, madvise(view.guest, BLOCK * PAGE, MADV_DONTNEED));
@@ -359,7 +372,7 @@ static void expect_no_uffd(struct __test_metadata *_metadata, int mem, struct sl
 	struct uffdio_writeprotect wp = { .range = { (uintptr_t)view->guest, BLOCK * PAGE },
 					  .mode = UFFDIO_WRITEPROTECT_MODE_WP };
 
-	/* Each mode there is, alone and with the next one. */
+	/* Each mode, alone and with the next one. */
 	for (__u64 bit = 1; bit <= 1 << 3; bit <<= 1)
 		for (int i = 0; i < 4; i++) {
 			__u64 pages = i & 1 ? PRESENT : BLOCK;
@@ -381,7 +394,7 @@ static void expect_no_uffd(struct __test_metadata *_metadata, int mem, struct sl
 	EXPECT_EQ(0, touch_write(view->guest, 0x10));
 }
 
-/* It is refused on the memslot's mapping, whatever it is asked for. */
+/* userfaultfd(2) rejects the memslot's mapping in every mode. */
 TEST_F(native, userfaultfd_is_refused)
 {
 	static const __u64 features[] = { 0, UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED };
@@ -403,7 +416,7 @@ TEST_F(native, userfaultfd_is_refused)
 }
 
 /*
- * The memfd's own mapping may have one. It fills pages of the memfd, and makes none present.
+ * userfaultfd(2) accepts the alias mapping. It fills pages of the memfd, and makes no page present.
  * A large folio has no hole to fill.
  */
 TEST_F(native, userfaultfd_of_the_alias)

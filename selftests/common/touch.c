@@ -86,8 +86,9 @@ static void *toucher_main(void *arg)
 	int fds[2];
 
 	/*
-	 * glibc blocks all signals in a thread that forks. A child that dies at once then signals
-	 * another thread (complete_signal() in kernel/signal.c): this one, whose wait would end.
+	 * glibc blocks all signals in a thread that forks. If the child ends at once, the kernel
+	 * sends SIGCHLD to another thread (complete_signal() in kernel/signal.c). Do not take it:
+	 * it would end this thread's wait.
 	 */
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);

@@ -31,14 +31,14 @@ long long now_ms(void);
 
 enum touch_kind { TOUCH_READ, TOUCH_WRITE, TOUCH_KERNEL, TOUCH_TO_FILE, TOUCH_FROM_FILE };
 
-/* A thread that touches one byte, or does I/O of many, and what came of it. */
+/* A thread that accesses one byte, or does file I/O, and the result. */
 struct toucher {
 	pthread_t thread;
 	volatile unsigned char *p;
 	enum touch_kind kind;
 	unsigned char val;	/* what it read, or is to write */
-	int result;		/* 0 or a signal; for TOUCH_KERNEL and I/O 0 or an errno */
-	int fd;			/* of I/O */
+	int result;		/* 0 or a signal; for TOUCH_KERNEL and file I/O: 0 or an errno */
+	int fd;			/* for file I/O; so are the next two */
 	size_t bytes;
 	off_t at;
 	atomic_int tid;

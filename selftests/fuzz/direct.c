@@ -7,7 +7,10 @@
 
 #define SWAP_PAGES	4096
 
-/* A loop device of a new memfd, which goes with its last user; -1 if there can be none. */
+/*
+ * Sets up a loop device of a new memfd. The kernel removes the device when its last user closes it.
+ * Returns a descriptor of the device, or -1.
+ */
 static int loop_new(__u64 pages, char *path, size_t len, unsigned char **bytes)
 {
 	struct loop_config config = { .block_size = 512, .info.lo_flags = LO_FLAGS_AUTOCLEAR };
@@ -21,7 +24,7 @@ static int loop_new(__u64 pages, char *path, size_t len, unsigned char **bytes)
 			break;
 		snprintf(path, len, "/dev/loop%d", number);
 		fd = open(path, O_RDWR | O_CLOEXEC | O_DIRECT);
-		/* Another process may have been faster. */
+		/* Another process may have taken this device. */
 		if (fd >= 0 && ioctl(fd, LOOP_CONFIGURE, &config)) {
 			close(fd);
 			fd = -1;
@@ -33,10 +36,10 @@ static int loop_new(__u64 pages, char *path, size_t len, unsigned char **bytes)
 	return fd;
 }
 
-/* Swap space, so that MADV_PAGEOUT does something. */
+/* Adds swap space, so that MADV_PAGEOUT swaps pages. */
 static bool swap_start(struct disk *disk)
 {
-	/* Bytes 1024 on: version, last page, bad pages. See union swap_header in linux/swap.h. */
+	/* From byte 1024: version, last page, bad pages. See union swap_header in linux/swap.h. */
 	const __u32 header[3] = { 1, SWAP_PAGES - 1, 0 };
 	char *path = disk->swap;
 	unsigned char *bytes;
@@ -67,7 +70,7 @@ void disk_stop(struct model *m)
 	close(m->disk.fd);
 }
 
-/* Resolve the absent pages of a transfer that waits for them, one after the other. */
+/* A transfer waits for absent pages: resolve them one after the other. */
 static void resolve(struct model *m, struct mslot *s, struct toucher *t, __u64 first, __u64 count,
 		    bool own)
 {
@@ -85,7 +88,7 @@ static void resolve(struct model *m, struct mslot *s, struct toucher *t, __u64 f
 	}
 }
 
-/* A page of the memory and one of the disk have become alike. */
+/* After a transfer: update the model, and check that the memory's page equals the disk's. */
 static void transferred(struct model *m, struct mslot *s, __u64 page, bool own, bool reads,
 			__u64 at)
 {
@@ -112,7 +115,7 @@ static void transferred(struct model *m, struct mslot *s, __u64 page, bool own, 
 		model_fail(m, "slot %u page %llu is not page %llu of the disk", s->id, page, at);
 }
 
-/* Write pages to the disk, or read them from there. */
+/* Write pages of guest memory to the disk, or read them from it. */
 void op_direct(struct model *m)
 {
 	struct mslot *s = any_slot(m, LIFE_ORPHAN);
@@ -129,21 +132,21 @@ void op_direct(struct model *m)
 	if (count > s->pages - first)
 		count = s->pages - first;
 	outcome = model_outcome(s, first, own);
-	/* How much of a transfer is done that fails later is not said. */
+	/* If a transfer fails, nothing defines how much of it was done: transfer one page. */
 	if (s->life != LIFE_LISTED)
 		count = 1;
-	/* Nobody has the kernel access memory that is VM_PFNMAP. */
+	/* The kernel does no direct I/O to VM_PFNMAP memory. */
 	if (s->mem->huge)
 		outcome = FAILS;
 	for (__u64 page = first; page < first + count && outcome != FAILS; page++) {
 		if (model_outcome(s, page, own) != WAITS)
 			continue;
 		waits = true;
-		/* The order of two who wait for a page is nobody's promise. */
+		/* If two threads wait for a page, their order is not defined. */
 		if (model_has_waiter(m, s, page, false))
 			return;
 	}
-	/* As in op_touch(). */
+	/* Waiting costs a thread and time: do not wait in every op. */
 	if (waits && !chance(&m->r, 20))
 		return;
 	at = pick(&m->r, DISK_PAGES - count + 1);
@@ -163,7 +166,7 @@ void op_direct(struct model *m)
 		return;
 	}
 	log_result(&m->log, t.result);
-	/* Whether a zero page can still be had when the VM is closed is not said. */
+	/* When the VM is closed, an access to a zero page may work or fail. */
 	if (outcome == FILLS && s->life == LIFE_ORPHAN && t.result == EFAULT)
 		return;
 	if (t.result != (outcome == FAILS ? EFAULT : 0))

@@ -223,7 +223,7 @@ void model_touch(struct model *m, struct mslot *s, __u64 page, enum touch_kind k
 	}
 	sig = kind == TOUCH_WRITE ? touch_write(p, val) : touch_read(p, &val);
 	log_result(&m->log, sig);
-	/* Whether a zero page can still be had when the VM is closed is not said. */
+	/* When the VM is closed, an access to a zero page may work or fail. */
 	if (outcome == FILLS && s->life == LIFE_ORPHAN && sig == SIGBUS)
 		return;
 	if (sig != (outcome == FAILS ? SIGBUS : 0)) {

@@ -53,13 +53,13 @@ struct mslot {
 	char name[KDP_NAME_LEN];
 };
 
-/* A block device. Who reads and writes it directly has the kernel access guest memory. */
+/* A block device. On direct I/O to it the kernel accesses guest memory. */
 #define DISK_PAGES	64
 
 struct disk {
 	int fd;			/* for direct I/O; -1 if there is no loop device */
-	unsigned char *bytes;	/* what is on it */
-	char swap[32];		/* another one, which is swap space */
+	unsigned char *bytes;	/* what the disk holds */
+	char swap[32];		/* the path of another device, used as swap space */
 	__u64 head[DISK_PAGES];
 	__u64 tail[DISK_PAGES];
 };
@@ -134,21 +134,21 @@ void op_paging(struct model *m);
 void op_close_vm(struct model *m);
 void op_forget(struct model *m);
 
-/* The disk, and swap space, where there are loop devices (direct.c). */
+/* The disk and the swap space, if the kernel has loop devices (direct.c). */
 void disk_start(struct model *m);
 void disk_stop(struct model *m);
 void op_direct(struct model *m);
 
-/* What a touch of a page comes to. */
+/* The result of an access to a page. */
 enum outcome {
 	WAITS,
 	FAILS,
 	WORKS,
-	FILLS,			/* it works, and the module fills the page with zeros */
+	FILLS,			/* the module fills the page with zeros; the access works */
 };
 
 enum outcome model_outcome(const struct mslot *s, __u64 page, bool own);
-/* Whether the page at an address begins and ends so. */
+/* Whether the first word of the page at @p is @head, and its last word is @tail. */
 bool model_holds(const unsigned char *p, __u64 head, __u64 tail);
 
 /* The ops on shmem that is the kernel's ordinary memory (native.c). */

@@ -31,7 +31,7 @@ void op_private(struct model *m)
 	page = pick(&m->r, s->pages);
 	at = s->first + page;
 	outcome = model_outcome(s, page, true);
-	/* op_touch() does that. */
+	/* op_touch() tests accesses that wait. */
 	if (outcome == WAITS)
 		return;
 	log_op(&m->log, writes ? "write private" : "read private", s->vm, s->id, page, s->life,
@@ -39,7 +39,7 @@ void op_private(struct model *m)
 	sig = writes ? touch_write(s->own + page * PAGE, val) :
 		       touch_read(s->own + page * PAGE, &val);
 	log_result(&m->log, sig);
-	/* Whether a zero page can still be had when the VM is closed is not said. */
+	/* When the VM is closed, an access to a zero page may work or fail. */
 	if (outcome == FILLS && s->life == LIFE_ORPHAN && sig == SIGBUS)
 		return;
 	if (sig != (outcome == FAILS ? SIGBUS : 0))

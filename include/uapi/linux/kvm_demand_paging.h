@@ -845,20 +845,23 @@ struct kdp_claim {
  * struct kdp_memfd - ioctl(KDP_MEMFD)
  * @size: sizeof(struct kdp_memfd)
  * @flags: must be 0
- * @length: of the file, in bytes
+ * @length: the length of the file, in bytes
  * @fd: out: the file's descriptor, opened with O_CLOEXEC
  * @__reserved: must be 0
  *
- * Create a file of shared memory, as memfd_create(2) does, in folios of 2 MiB where the
- * kernel can allocate them. The settings in /sys/kernel/mm/transparent_hugepage do not
- * matter, but for shmem_enabled = "deny". The file has the seals F_SEAL_SHRINK and
- * F_SEAL_EXEC; fcntl(2) adds others. It does not depend on the VM. No memory is
- * allocated before the first access. Each access to a hole allocates, clears and charges
- * 2 MiB at once, also behind @length if that is not a multiple of 2 MiB.
+ * Create a file of shared memory, as memfd_create(2) does. The kernel allocates it in
+ * folios of 2 MiB where it can. The settings in /sys/kernel/mm/transparent_hugepage have
+ * no effect on that, except shmem_enabled = "deny".
+ *
+ * The file has the seals F_SEAL_SHRINK and F_SEAL_EXEC; fcntl(2) adds others. The file
+ * stays valid when the VM is closed.
+ *
+ * The call allocates no memory of the file. Each access to a hole allocates, clears and
+ * charges 2 MiB. That may reach beyond @length, if @length is not a multiple of 2 MiB.
  *
  * Errors beside the common ones:
  *
- *  - EINVAL: the length is 0, or larger than a file may be.
+ *  - EINVAL: the length is 0, or exceeds the maximum file size.
  *  - EOPNOTSUPP: the kernel has no transparent huge pages (KDP_FEATURE_MEMFD).
  *  - EMFILE: no file descriptor is left. ENFILE: the system has no open file left.
  */

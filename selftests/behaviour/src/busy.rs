@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A busy guest: vCPUs that count in every page, and notice each write that is lost.
+//! A busy guest: its vCPUs count in every page, and notice each lost write.
 //!
-//! Each vCPU has a word of its own in each page, by which the pages' first words go.
+//! Each vCPU has its own word in each page: vCPU N has word N.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -25,8 +25,8 @@ const CPUS_APART: u64 = 2;
 /// Where the guest has what it shares with the test.
 const BOOKS_GPA: u64 = 1 << 36;
 
-/// Words for each vCPU: the rounds that it has done; whether to stop; behind them where its words
-/// are, in the order in which it visits them.
+/// Words at the start of each vCPU's book: the rounds that it has done, and whether to stop. The
+/// addresses of its words follow, in the order in which it visits them.
 const BOOKS: usize = 2;
 
 /// Goes through the memory, round by round, until it is told to stop. In round n each page's word of this vCPU must be
@@ -67,7 +67,7 @@ fn count(pages: u64, books: u64) -> GuestProgram {
     GuestProgram::new(code).params(&[pages, books])
 }
 
-/// A guest that counts in the memory of a slot, whose pages' first words are zeros at first.
+/// A guest that counts in the memory of a slot. The words of the vCPUs must be zero at first.
 pub struct Busy {
     slot: Arc<Slot>,
     books: Shared,
@@ -82,7 +82,8 @@ impl Busy {
         Ok(busy)
     }
 
-    /// Returns at once. Each vCPU visits the pages in an order of its own.
+    /// Starts the guest without waiting for it. Each vCPU visits the pages in the order that
+    /// `order` gives for its number.
     pub fn start_in_order(slot: &Arc<Slot>, order: impl Fn(u64) -> Order) -> Result<Self> {
         let pages = slot.guest.pages();
         let machine: Machine = slot.machine()?;
@@ -115,7 +116,7 @@ impl Busy {
         Ok(busy)
     }
 
-    /// Words of the books of each vCPU.
+    /// The number of words in the book of a vCPU.
     fn words(pages: u64) -> usize {
         BOOKS + pages as usize
     }
@@ -124,12 +125,12 @@ impl Busy {
         number * Self::words(self.slot.guest.pages())
     }
 
-    /// The whole rounds that a vCPU has done.
+    /// The number of whole rounds that a vCPU has done.
     fn rounds(&self, number: usize) -> u64 {
         self.books.at(self.book(number)).load(Ordering::Acquire)
     }
 
-    /// The whole rounds that every vCPU has done.
+    /// The number of whole rounds that every vCPU has done.
     pub fn rounds_of_all(&self) -> u64 {
         let rounds = (0..self.vcpus.len()).map(|number| self.rounds(number));
         rounds.min().unwrap_or(0)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Control groups (cgroup2): limits for processes of a test, and what the kernel counts of them.
+//! Control groups (cgroup2): limits for processes of a test, and the kernel's counters of them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,16 +11,16 @@ use crate::task::until;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// A cgroup with one controller. When this is dropped, its processes go to the root cgroup, and it
-/// is removed.
+/// A cgroup with one controller. A drop moves its processes to the root cgroup, and removes the
+/// cgroup.
 pub struct Cgroup {
     path: PathBuf,
-    /// The controller, if this cgroup is the first that needs it: it is switched off again.
+    /// The controller, if this cgroup has switched it on. A drop switches it off again.
     switched_on: Option<&'static str>,
 }
 
 impl Cgroup {
-    /// A new one without a process. Skips the test where there is no such controller.
+    /// Creates a cgroup without a process. Skips the test if there is no such controller.
     pub fn new(controller: &'static str) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let has = |file: &str| {
@@ -46,22 +46,22 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Moves this process into it, with all its threads.
+    /// Moves this process into the cgroup, with all its threads.
     pub fn enter(&self) -> Result {
         self.set("cgroup.procs", std::process::id())
     }
 
-    /// Writes to one of its files.
+    /// Writes a value to a file of the cgroup.
     pub fn set(&self, file: &str, value: impl ToString) -> Result {
         Ok(fs::write(self.path.join(file), value.to_string())?)
     }
 
-    /// The number in one of its files.
+    /// Reads the number in a file of the cgroup.
     pub fn number(&self, file: &str) -> Result<u64> {
         Ok(fs::read_to_string(self.path.join(file))?.trim().parse()?)
     }
 
-    /// A number of one of its files that have a line for each, as memory.events and memory.stat.
+    /// Reads the number of a key in a file that has a line for each key, such as memory.events.
     pub fn entry(&self, file: &str, key: &str) -> Result<u64> {
         let text = fs::read_to_string(self.path.join(file))?;
         let mut lines = text.lines().filter_map(|line| line.split_once(' '));
@@ -74,7 +74,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // What cannot be removed stays as a cgroup without a limit for anybody.
+        // A cgroup that cannot be removed stays, but limits no process.
         let _ = until("the cgroup is removed", || {
             let processes = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
             for pid in processes.lines() {

@@ -75,8 +75,8 @@ fn over(pages: &[u64], code: &'static [u8]) -> GuestProgram {
 
 /// Reads the first word of each of these pages, and reports it.
 ///
-/// Interrupts are on: where KVM has an interrupt controller, it may have others than the vCPU's thread
-/// wait for pages (kvm_can_do_async_pf() in arch/x86/kvm/x86.c).
+/// Interrupts are on: KVM requires that for asynchronous page faults (kvm_can_do_async_pf() in
+/// arch/x86/kvm/x86.c). It also requires its own interrupt controller.
 pub fn peek(pages: &[u64]) -> GuestProgram {
     let code = guest_code!(
         "sti",

@@ -27,7 +27,7 @@ const LIMITS_WITH_PROGRESS: u32 = 3;
 
 const STATUS_SKIP: i32 = 4;
 
-/// How often a soak has a test repeat what it repeats in one run (KDP_SOAK).
+/// The factor by which a soak multiplies the repetitions in a test (KDP_SOAK). 1 without a soak.
 pub fn soak() -> u32 {
     let soak = std::env::var("KDP_SOAK").ok();
     soak.and_then(|n| n.parse().ok()).unwrap_or(1).max(1)

@@ -280,8 +280,8 @@ pub fn snapshot() -> Result<Snapshot> {
     snapshot_of("load", 2, &load, "KDP-LOAD round 3 ")
 }
 
-/// A guest with these parameters for its load, stopped when it had said that it is ready. The first
-/// test that needs it saves it under the name.
+/// A guest that was stopped when it had printed `ready`. `load` holds the parameters of its load.
+/// The first test that needs the guest boots it, and saves it under `name`.
 pub fn snapshot_of(name: &str, vcpus: u8, load: &str, ready: &str) -> Result<Snapshot> {
     let state_file = format!("/dev/shm/kdp-behaviour-linux-{name}-state");
     let memory_file = format!("/dev/shm/kdp-behaviour-linux-{name}-memory");
@@ -299,7 +299,7 @@ pub fn snapshot_of(name: &str, vcpus: u8, load: &str, ready: &str) -> Result<Sna
             &machine.ram().memfd().as_fd().try_clone_to_owned()?.into(),
             &memory,
         )?;
-        // Last: who finds it finds all.
+        // Written last: if this file exists, so does the other one.
         let part = format!("{state_file}.part");
         fs::write(&part, state)?;
         fs::rename(part, &state_file)?;

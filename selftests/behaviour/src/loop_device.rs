@@ -46,7 +46,7 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A block device, which the kernel accesses by direct I/O.
+/// A block device for direct I/O.
 pub struct Disk {
     /// The device.
     pub device: LoopDevice,
@@ -55,7 +55,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// One of so many bytes, all zeros.
+    /// Creates a disk of that many bytes, all zeros.
     pub fn new(bytes: u64) -> Result<Self> {
         let image = format!("/dev/shm/kdp-disk-{}", std::process::id());
         File::create(&image)?.set_len(bytes)?;
@@ -63,7 +63,7 @@ impl Disk {
         Ok(Self { device, image })
     }
 
-    /// Opens it for direct I/O.
+    /// Opens the disk for direct I/O.
     pub fn open(&self) -> Result<File> {
         Ok(OpenOptions::new()
             .read(true)
@@ -75,16 +75,16 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // A file that is left costs the next test nothing.
+        // If this fails, the file that remains does not disturb the next test.
         let _ = fs::remove_file(&self.image);
     }
 }
 
-/// Swap space on a disk, in use until this is dropped.
+/// Swap space on a disk. The kernel uses it until this is dropped.
 pub struct Swap(Disk);
 
 impl Swap {
-    /// So many bytes, and a header.
+    /// Switches on swap space of that many bytes, beside its header.
     pub fn on(bytes: u64) -> Result<Self> {
         let disk = Disk::new(bytes + 4096)?;
         for command in ["mkswap", "swapon"] {
@@ -97,7 +97,7 @@ impl Swap {
 
 impl Drop for Swap {
     fn drop(&mut self) {
-        // As for the loop device.
+        // Ignore failures, as the drop of the loop device does.
         let _ = Command::new("swapoff").arg(&self.0.device.path).output();
     }
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A guest that is a host itself: an outer guest that runs an inner guest by AMD's SVM.
+//! Nested guests: an outer guest that runs an inner guest by AMD's SVM.
 //!
-//! Everything that the inner guest needs is in pages of the memslot: the structures that the CPU
-//! and KVM read for VMRUN ("AMD64 Architecture Programmer's Manual", volume 2, chapter 15 and
-//! appendix B), the inner guest's page tables, its code and its data. The outer guest's own code
-//! and page tables are in the machine's low memory.
+//! Everything that the inner guest needs is in pages of the memslot:
+//!
+//! - the structures that the CPU and KVM read for VMRUN ("AMD64 Architecture Programmer's Manual",
+//!   volume 2, chapter 15 and appendix B),
+//! - the inner guest's page tables, its code and its data.
+//!
+//! The outer guest's own code and page tables are in the machine's low memory.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -21,19 +24,19 @@ use crate::content::{self, WORDS};
 use crate::guest::gpa;
 use crate::slot::{Slot, ID, PAGE};
 
-/// The outer guest counts here how often it has entered the inner guest.
+/// Number of entries into the inner guest, which the outer guest counts.
 pub const ENTRIES: u64 = 0;
-/// The inner guest's control block, which KVM maps for itself at VMRUN and at #VMEXIT.
+/// The inner guest's control block. KVM maps it at VMRUN and at #VMEXIT.
 pub const VMCB: u64 = 1;
-/// VM_HSAVE_PA. KVM uses it for system management mode only.
+/// The page of VM_HSAVE_PA. KVM uses it for system management mode only.
 const HSAVE: u64 = 2;
-/// What the outer guest saves by VMSAVE and loads by VMLOAD. KVM maps it as it maps the
-/// control block, where the CPU does not do it.
+/// The outer guest's own state, which it saves by VMSAVE and loads by VMLOAD. If the CPU does not
+/// execute these instructions itself, KVM maps this page as it maps the control block.
 pub const HOST: u64 = 3;
-/// Which accesses to MSRs the outer guest intercepts: two pages, both of which KVM reads at VMRUN.
+/// The bitmap of MSR accesses that the outer guest intercepts: two pages. KVM reads both at VMRUN.
 pub const MSRPM: Range<u64> = 4..6;
-/// Which accesses to I/O ports the outer guest intercepts: three pages. The inner guest's ports are
-/// in the first.
+/// The bitmap of I/O ports that the outer guest intercepts: three pages. The bits of the ports that
+/// the inner guest uses are in the first.
 pub const IOPM: u64 = 6;
 /// The nested page tables, one page for each of the four levels.
 pub const NESTED_TABLES: Range<u64> = 9..13;
@@ -41,18 +44,18 @@ pub const NESTED_TABLES: Range<u64> = 9..13;
 pub const INNER_TABLES: Range<u64> = 13..15;
 /// The inner guest's code.
 pub const CODE: u64 = 15;
-/// What the inner guest reads.
+/// The pages that the inner guest reads.
 pub const SOURCES: Range<u64> = 16..20;
-/// What the inner guest writes, a page for each that it reads.
+/// The pages that the inner guest writes: one for each page that it reads.
 pub const RESULTS: Range<u64> = 24..28;
-/// So many pages.
+/// Number of pages of the memslot.
 pub const PAGES: u64 = 64;
 
-/// Exit codes of the inner guest.
+/// Exit code: the inner guest accessed an I/O port.
 pub const EXIT_IO: u64 = 0x7b;
-/// It accessed an MSR.
+/// Exit code: the inner guest accessed an MSR.
 pub const EXIT_MSR: u64 = 0x7c;
-/// It executed VMMCALL.
+/// Exit code: the inner guest executed VMMCALL.
 pub const EXIT_VMMCALL: u64 = 0x81;
 
 /// A port that the outer guest intercepts.
@@ -96,11 +99,11 @@ mod vmcb {
     pub const INTERCEPT_VMRUN_VMMCALL: u32 = 3;
 }
 
-/// The outer guest: enters the inner guest again and again. After each #VMEXIT it reports the exit
-/// code and the inner guest's rax, and lets the inner guest go on behind the instruction.
+/// Code of the outer guest, which enters the inner guest in a loop. After each #VMEXIT it reports
+/// the exit code and the inner guest's rax. Then it resumes the inner guest after the instruction.
 ///
-/// VMRUN exchanges rax, rsp and rip only. In all other registers the inner guest finds what the
-/// outer guest had.
+/// Of the general registers, VMRUN switches only rax and rsp, and it switches rip. The inner guest
+/// starts with the outer guest's values in all others.
 fn outer_code() -> &'static [u8] {
     guest_code!(
         "mov r15, [rdi]",               // the control block
@@ -148,10 +151,12 @@ fn outer_code() -> &'static [u8] {
     )
 }
 
-/// The inner guest, round after round: the first word of each page that it writes becomes the hash
-/// of the page that it reads. It tells the sum of the hashes four times: to the VMM, by a port that
-/// the outer guest does not intercept; and to the outer guest, by a port and an MSR that it
-/// intercepts and by VMMCALL.
+/// Code of the inner guest, which runs in rounds. In each round it stores the hash of each page
+/// that it reads in the first word of the page that it writes.
+///
+/// In each round it reports the sum of the hashes four times. It reports to the VMM by a port that
+/// the outer guest does not intercept. It reports to the outer guest by a port and an MSR that the
+/// outer guest intercepts, and by VMMCALL.
 fn inner_code() -> &'static [u8] {
     guest_code!(
         "movabs r11, {factor}",
@@ -191,13 +196,13 @@ fn inner_code() -> &'static [u8] {
 /// How the inner guest's memory is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Translation {
-    /// By its own page tables alone: its physical addresses are the outer guest's.
+    /// By its own page tables only: its physical addresses are those of the outer guest.
     Same,
-    /// By its own page tables, and by nested page tables of the outer guest's.
+    /// By its own page tables, and by nested page tables of the outer guest.
     Nested,
 }
 
-/// Both of them.
+/// All translations.
 pub const TRANSLATIONS: [Translation; 2] = [Translation::Same, Translation::Nested];
 
 impl Translation {
@@ -209,7 +214,7 @@ impl Translation {
         }
     }
 
-    /// Pages that are read to translate an address of the inner guest.
+    /// Pages of the page tables that translate an address of the inner guest.
     pub fn tables(self) -> impl Iterator<Item = u64> {
         let nested = match self {
             Self::Same => 0..0,
@@ -260,7 +265,7 @@ fn control_block(translation: Translation) -> Bytes {
     for at in [vmcb::ES, vmcb::SS, vmcb::DS] {
         qword(&mut block, at, data);
     }
-    // SVME, which VMRUN asks for, and long mode.
+    // SVME, which VMRUN requires, and long mode.
     qword(&mut block, vmcb::EFER, 0x1500);
     qword(&mut block, vmcb::CR4, 0x620);
     qword(&mut block, vmcb::CR3, translation.inner(INNER_TABLES.start));
@@ -282,8 +287,8 @@ fn images(translation: Translation) -> HashMap<u64, Bytes> {
     let mut bitmap = [0; PAGE as usize];
     bitmap[usize::from(CAUGHT_PORT / 8)] = 1 << (CAUGHT_PORT % 8);
     set(IOPM, bitmap);
-    // Two bits for each MSR, from the second 2 KiB on for those from 0xc0000000 on. The lower one
-    // is for reads.
+    // Two bits for each MSR; the lower one is for reads. The bits of MSRs from 0xc0000000 on begin
+    // at byte 2048.
     let mut bitmap = [0; PAGE as usize];
     let bit = (CAUGHT_MSR & 0x1fff) as usize * 2;
     bitmap[0x800 + bit / 8] = 1 << (bit % 8);
@@ -317,8 +322,8 @@ fn images(translation: Translation) -> HashMap<u64, Bytes> {
     pages
 }
 
-/// The bytes of absent pages. Whoever gets at the memory of an absent page reads no byte of it
-/// there, but [`GARBAGE`].
+/// The bytes of absent pages. The memory of an absent page holds only [`GARBAGE`], so that the
+/// tests notice a read of it.
 pub struct Store {
     slot: Arc<Slot>,
     inner: Mutex<Stored>,
@@ -329,11 +334,12 @@ struct Stored {
     fetched: Vec<u64>,
 }
 
-/// As page tables and as a control block it is invalid; as a bitmap it intercepts everything.
+/// The byte of which absent pages' memory consists. A page table or a control block of it is
+/// invalid, and a bitmap of it intercepts everything.
 const GARBAGE: u8 = 0xff;
 
 impl Store {
-    /// All pages are absent.
+    /// Creates a store of all pages, which must be absent.
     pub fn new(slot: &Arc<Slot>, translation: Translation) -> Result<Arc<Self>> {
         let store = Self {
             slot: slot.clone(),
@@ -352,7 +358,7 @@ impl Store {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives an absent page its bytes.
+    /// Places an absent page with its bytes.
     pub fn fetch(&self, page: u64) -> Result {
         let mut stored = self.stored();
         let Some(bytes) = stored.absent.remove(&page) else {
@@ -391,14 +397,14 @@ impl Store {
         }
     }
 
-    /// Has an absent page come with this version of its contents.
+    /// Sets the bytes with which an absent page is placed to this version of its contents.
     pub fn renew(&self, page: u64, version: u64) {
         let bytes = content::bytes(page, version);
         self.stored().absent.insert(page, bytes);
     }
 
-    /// What was fetched since the last call, in ascending order. VM_HSAVE_PA is left out: whether
-    /// it is used at all is the CPU's affair.
+    /// Pages that were fetched since the last call, in ascending order. Omits the page of
+    /// VM_HSAVE_PA: it depends on the CPU whether that is used.
     pub fn fetched(&self) -> Vec<u64> {
         let mut fetched = std::mem::take(&mut self.stored().fetched);
         fetched.retain(|&page| page != HSAVE);
@@ -407,7 +413,7 @@ impl Store {
     }
 }
 
-/// The sum of the hashes, as the inner guest computes it, of this version of the pages that it
+/// The sum of the hashes that the inner guest computes over this version of the pages that it
 /// reads.
 pub fn sum(version: u64) -> u64 {
     SOURCES.fold(0, |sum, page| sum.wrapping_add(hash(page, version)))
@@ -418,7 +424,7 @@ pub fn hash(page: u64, version: u64) -> u64 {
     page_hash((0..WORDS).map(|at| content::word(page, version, at)))
 }
 
-/// A vCPU for the outer guest. Skips the test where KVM's guests cannot be hosts by SVM.
+/// Creates a vCPU for the outer guest. Skips the test if KVM offers no SVM to its guests.
 pub fn vcpu(machine: &kdp_vmm::Machine, translation: Translation) -> Result<Vcpu> {
     let program = GuestProgram::new(outer_code()).params(&[
         gpa(VMCB),
@@ -438,7 +444,8 @@ pub fn vcpu(machine: &kdp_vmm::Machine, translation: Translation) -> Result<Vcpu
     Ok(vcpu)
 }
 
-/// The next stop that is no fault exit. Those are handed to `on_fault`.
+/// Runs the vCPU to its next stop that is no fault exit. Passes the page of each fault exit to
+/// `on_fault`.
 pub fn next(vcpu: &mut Vcpu, mut on_fault: impl FnMut(u64) -> Result) -> Result<Stop> {
     loop {
         match vcpu.run()? {

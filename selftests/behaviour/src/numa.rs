@@ -56,10 +56,10 @@ pub fn on_node<T>(node: u32, f: impl FnOnce() -> Result<T>) -> Result<T> {
     done
 }
 
-/// mbind(2): pages of a mapping that are allocated from now on come from one node.
+/// mbind(2): the kernel allocates pages of a mapping on one node from now on.
 pub fn bind(at: *const u64, bytes: u64, node: u32) -> io::Result<()> {
     let mask: c_ulong = 1 << node;
-    // SAFETY: the mask is one word, of which 63 bits are said to be nodes; no memory is accessed.
+    // SAFETY: the kernel reads one word of the mask, and accesses no other memory.
     check(unsafe {
         libc::syscall(
             libc::SYS_mbind,
@@ -74,11 +74,11 @@ pub fn bind(at: *const u64, bytes: u64, node: u32) -> io::Result<()> {
     .map(drop)
 }
 
-/// get_mempolicy(2): the only node that pages at an address come from, if its policy says so.
+/// get_mempolicy(2): the node that the policy of an address binds to, if it binds to a single one.
 pub fn bound(at: *const u64) -> io::Result<Option<u32>> {
     const MPOL_F_ADDR: c_ulong = 2;
     let (mut mode, mut mask): (c_int, c_ulong) = (0, 0);
-    // SAFETY: `mode` and `mask` are places for the answers; 64 bits are said to be nodes.
+    // SAFETY: the kernel writes `mode` and the 64 bits of `mask`.
     check(unsafe {
         libc::syscall(
             libc::SYS_get_mempolicy,
@@ -184,7 +184,8 @@ pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     })
 }
 
-/// The frames that the page tables of this process have, of pages side by side; 0 where there is none.
+/// The frames of adjacent pages, by the page tables of this process; 0 for a page that is not
+/// mapped.
 pub fn mapped_frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
     const PRESENT: u64 = 1 << 63;
     const FRAME: u64 = (1 << 55) - 1;
@@ -199,8 +200,8 @@ pub fn mapped_frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
         .collect())
 }
 
-/// The frames of pages of this process, side by side, all of them: pages without one are read first. A page that is
-/// just being moved has none for a moment.
+/// The frames of adjacent pages of this process. Reads each page that is not mapped, until all of
+/// them are mapped. A page has no frame for a moment while the kernel moves it.
 pub fn frames(at: *const u8, pages: u64) -> Result<Vec<u64>> {
     let mut frames = Vec::new();
     until("all pages are in memory", || {

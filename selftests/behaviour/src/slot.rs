@@ -74,7 +74,7 @@ impl Slot {
         Self::of(Vm::open()?, memfd, describe)
     }
 
-    /// A memslot of all of a memfd.
+    /// Creates a memslot over a memfd. `describe` may limit it to a part of the memfd.
     pub fn of(
         vm: Vm,
         memfd: Memfd,

@@ -36,7 +36,7 @@ pub struct Tap {
     file: File,
     /// What the kernel's network stack gets from the device, and what it gives to it.
     socket: OwnedFd,
-    /// The number that the kernel knows the device by.
+    /// The kernel's interface index of the device.
     pub index: u32,
 }
 
@@ -92,7 +92,7 @@ impl Tap {
         Ok(packet)
     }
 
-    /// The next packet with our ethertype that the network stack has given to the device.
+    /// The next packet with the tests' ethertype that the network stack has passed to the device.
     pub fn sent(&self) -> Result<Vec<u8>> {
         loop {
             let came = sys::readable(self.file.as_raw_fd(), PATIENCE)?;

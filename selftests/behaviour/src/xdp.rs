@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! AF_XDP sockets, as a device that pins memory of a process for long and reads it past its
-//! mapping. See Documentation/networking/af_xdp.rst in the kernel.
+//! AF_XDP sockets. They stand for a device that pins memory of a process for a long time, and reads
+//! it without the process's mapping. See Documentation/networking/af_xdp.rst in the kernel.
 
 use std::io;
 use std::mem;
@@ -16,8 +16,8 @@ use crate::slot::PAGE;
 use crate::sys;
 use crate::task::until;
 
-/// Entries of each ring. Those of the completion ring are not taken out: no more packets can be
-/// sent.
+/// Entries of each ring. A socket can send only that many packets: the tests take none out of the
+/// completion ring.
 const ENTRIES: u32 = 16;
 
 /// struct xdp_desc.
@@ -28,7 +28,7 @@ struct Descriptor {
     options: u32,
 }
 
-/// A socket with pinned memory (a UMEM). Its pages are chunks.
+/// A socket with pinned memory (a UMEM), in chunks of one page.
 pub struct Socket {
     fd: OwnedFd,
     ring: *mut u8,
@@ -36,11 +36,11 @@ pub struct Socket {
     offsets: libc::xdp_ring_offset,
 }
 
-// SAFETY: the ring is a mapping of the socket's own, which goes with it.
+// SAFETY: the ring is the socket's own mapping, which is unmapped when the socket is dropped.
 unsafe impl Send for Socket {}
 
 impl Socket {
-    /// One without memory.
+    /// Creates a socket without memory.
     pub fn new() -> Result<Self> {
         // SAFETY: the descriptor that comes back is new and nobody else's.
         let fd = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
@@ -49,7 +49,7 @@ impl Socket {
         }
         sys::check(fd)?;
         Ok(Self {
-            // SAFETY: as above.
+            // SAFETY: the descriptor is new and nobody else's.
             fd: unsafe { OwnedFd::from_raw_fd(fd) },
             ring: ptr::null_mut(),
             ring_len: 0,
@@ -59,7 +59,7 @@ impl Socket {
     }
 
     fn set<T>(&self, option: c_int, value: &T) -> io::Result<()> {
-        // SAFETY: the value is as long as is said.
+        // SAFETY: the kernel reads as many bytes as `value` has.
         let ret = unsafe {
             libc::setsockopt(
                 self.fd.as_raw_fd(),
@@ -72,7 +72,7 @@ impl Socket {
         sys::check(ret).map(drop)
     }
 
-    /// Pins memory. The kernel does so under the mmap lock.
+    /// Pins memory. The kernel holds the mmap lock while it pins.
     pub fn register(&self, at: *const u64, pages: u64) -> io::Result<()> {
         let umem = libc::xdp_umem_reg {
             addr: at as u64,
@@ -85,7 +85,7 @@ impl Socket {
         self.set(libc::XDP_UMEM_REG, &umem)
     }
 
-    /// Makes packets go out of a device.
+    /// Creates the rings, and binds the socket to the device that it sends to.
     pub fn bind(&mut self, index: u32) -> Result {
         for ring in [
             libc::XDP_UMEM_FILL_RING,
@@ -94,7 +94,7 @@ impl Socket {
         ] {
             self.set(ring, &ENTRIES)?;
         }
-        // SAFETY: zeros are valid numbers, and the kernel writes no more than is said. The mapping
+        // SAFETY: zeros are valid numbers, and the kernel writes at most `len` bytes. The mapping
         // is new.
         unsafe {
             let mut offsets: libc::xdp_mmap_offsets = mem::zeroed();
@@ -127,7 +127,7 @@ impl Socket {
                 sxdp_queue_id: 0,
                 sxdp_shared_umem_fd: 0,
             };
-            // The device has a socket that was closed until a kworker has put it away.
+            // A socket that was closed occupies the device until a kworker has released it.
             until("the device has no other socket", || {
                 let ret = libc::bind(
                     self.fd.as_raw_fd(),
@@ -143,10 +143,10 @@ impl Socket {
         Ok(())
     }
 
-    /// Sends the first bytes of a page of the memory.
+    /// Sends the first `len` bytes of a page of the pinned memory.
     pub fn send(&self, page: u64, len: usize) -> Result {
-        // SAFETY: the ring is mapped, and the kernel said where in it is what. The entry is this
-        // thread's until the number of the producer says that it is the kernel's.
+        // SAFETY: the ring is mapped, and the kernel gave the offsets in it. The entry belongs to
+        // this thread until the producer's number passes it to the kernel.
         unsafe {
             let producer = self.ring.add(self.offsets.producer as usize);
             let producer = &*producer.cast::<AtomicU32>();

@@ -48,7 +48,8 @@ proptest! {
         prop_assert_eq!(is_set(word, page), word & (1 << (page % 64)) != 0);
     }
 
-    /// The runs are the present pages of the page's window, word and area, and there is a page between two.
+    /// The runs hold exactly the present pages of the page's window, within its word and the VMA.
+    /// Two runs are never adjacent.
     #[test]
     fn runs_are_all_present_pages(
         size in size(),

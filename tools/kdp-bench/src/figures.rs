@@ -206,7 +206,7 @@ pub fn figures(rows: &[Row]) -> Vec<Figure<'static>> {
         });
     };
 
-    // KVM asks twice for an absent page of shmem, first without waiting.
+    // KVM asks for an absent page of shmem twice, the first time without waiting.
     for (backing, must, aim) in [(HUGE, 1.20, 1.08), (SHMEM, 2.20, 1.90)] {
         let name = "exits over the limit";
         let [ours, limit] = ["exit", "limit"].map(|mode| random(mode, backing, Icount));

@@ -214,7 +214,7 @@ pub struct KeptArgs {
     pub release: Option<String>,
 }
 
-/// Show the VMs and memslots of all processes, or of one, with their counters
+/// Show the VMs, memslots and mappings of all processes, or of one, with their counters
 #[derive(Args)]
 pub struct StatArgs {
     /// Only those of this process

@@ -1,5 +1,5 @@
-//! What the module tells about its files in /proc/PID/fdinfo, and the kernel about mappings of memslots in
-//! /proc/PID/smaps.
+//! What /proc tells about memslots: the module's lines on its files in /proc/PID/fdinfo, and the
+//! kernel's lines on mappings of memslots in /proc/PID/smaps.
 
 use crate::failure::{Context, Failure};
 use std::{fs, io, path::Path};
@@ -9,7 +9,7 @@ const PREFIX: &str = "kdp-";
 /// The file of a mapping of a memslot on shmem, as /proc/PID/smaps names it.
 const MAPPED: &str = "/kvm-demand-paging-memslot";
 
-/// Which sizes of a mapping are shown, in KiB: the names in the table, and the fields of smaps that are summed up.
+/// Sizes of a mapping, in KiB: the column of the table, and the fields of smaps whose sum it shows.
 const SIZES: [(&str, &[&str]); 4] = [
     ("size-kib", &["Size"]),
     ("rss-kib", &["Rss"]),
@@ -26,7 +26,7 @@ pub enum Kind {
     Mapping,
 }
 
-/// A file of the module that a process has open, or has mapped.
+/// A file of the module that a process has open, or a mapping of a memslot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub kind: Kind,
@@ -105,10 +105,10 @@ fn process(proc: &Path, pid: u32) -> io::Result<Vec<Entry>> {
             });
         }
     }
-    // The kernel walks all page tables for smaps, but not for maps.
+    // Reads smaps only if needed: the kernel walks all page tables for smaps, but not for maps.
     let maps = fs::read_to_string(dir.join("maps")).unwrap_or_default();
     if maps.contains(MAPPED) {
-        // The process may end while we look.
+        // The process may end meanwhile.
         let smaps = fs::read_to_string(dir.join("smaps")).unwrap_or_default();
         entries.extend(mappings(&smaps).into_iter().map(|(at, values)| Entry {
             kind: Kind::Mapping,
@@ -121,7 +121,7 @@ fn process(proc: &Path, pid: u32) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// The mappings of memslots in the text of smaps: their addresses, and their sizes.
+/// The mappings of memslots in the text of smaps, each with its address and its sizes.
 fn mappings(smaps: &str) -> Vec<(String, Vec<(String, String)>)> {
     let mut found: Vec<(String, [u64; SIZES.len()])> = Vec::new();
     let mut is_memslot = false;

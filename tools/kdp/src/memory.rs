@@ -3,8 +3,10 @@
 use crate::cli::HugeSize;
 use kvm_demand_paging::{Backing, Memfd, Result, Vm};
 
-/// Create the memory that the options ask for, of `size` bytes: of hugetlb pages, of shmem in folios of 2 MiB,
-/// or else of shmem.
+/// Create memory of `size` bytes.
+///
+/// `hugetlb` asks for hugetlb pages of that size, and `shmem_huge` for shmem in folios of 2 MiB.
+/// Without either, the memory is ordinary shmem.
 pub fn create(
     vm: &Vm,
     name: &str,

@@ -99,10 +99,13 @@ impl Memfd {
         Ok(memfd)
     }
 
-    /// Create a file of shmem like a memfd, of `size` bytes, in folios of 2 MiB where the kernel can allocate them,
-    /// whatever the host's settings of transparent huge pages. It does not depend on the VM afterwards.
+    /// Create a shmem file of `size` bytes, like a memfd, in folios of 2 MiB.
     ///
-    /// No memory is allocated. An access to a hole allocates, clears and charges 2 MiB. It is sealed against shrinking.
+    /// Where the kernel can allocate no folio of 2 MiB, it allocates pages of 4 KiB. The host's
+    /// settings of transparent huge pages have no effect on that, except `shmem_enabled` = `deny`.
+    ///
+    /// The call allocates no memory of the file. An access to a hole allocates, clears and charges
+    /// 2 MiB. The file is sealed against shrinking. It stays valid when the VM is closed.
     ///
     /// # Errors
     ///

@@ -59,7 +59,7 @@ impl Features {
         self.0 & u64::from(abi::KDP_FEATURE_CLAIM) != 0
     }
 
-    /// [`Memfd::create_huge_shmem`](crate::Memfd::create_huge_shmem) works: the kernel has transparent huge pages.
+    /// [`Memfd::create_huge_shmem`](crate::Memfd::create_huge_shmem) works.
     pub fn huge_shmem(self) -> bool {
         self.0 & u64::from(abi::KDP_FEATURE_MEMFD) != 0
     }

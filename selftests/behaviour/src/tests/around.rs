@@ -43,7 +43,7 @@ tests! {
 /// An absent page, so that its block is not mapped by one entry.
 const ABSENT: u64 = 509;
 
-/// A memslot of two blocks, of each of which one page is absent. On shmem it is in small folios.
+/// A memslot of two blocks, with one absent page in each. On shmem the memfd has small folios.
 fn nearly_whole(backing: Backing) -> Result<Arc<Slot>> {
     let _folios = match backing {
         Backing::Shmem => Some(Folios::set("never")?),
@@ -64,7 +64,7 @@ fn visited() -> impl Iterator<Item = u64> {
     (0..2 * BLOCK).filter(|page| page % BLOCK != ABSENT)
 }
 
-/// Whether an address is mapped, by /proc/self/pagemap. Of hugetlb that says nothing (VM_PFNMAP).
+/// Whether an address is mapped, by /proc/self/pagemap. It shows nothing of hugetlb (VM_PFNMAP).
 fn is_mapped(at: *const u8) -> Result<bool> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut entry = [0; 8];

@@ -183,11 +183,12 @@ pub(super) struct Private {
     len: usize,
 }
 
-/// Maps the memslot's file privately, at `at` with MAP_FIXED, or wherever the kernel likes.
+/// Maps the memslot's file privately: at `at` if `fixed` is MAP_FIXED, else where the kernel
+/// chooses.
 ///
 /// # Safety
 ///
-/// With MAP_FIXED nobody has a Rust reference to what is mapped at `at`.
+/// With MAP_FIXED, there must be no Rust reference to the memory at `at`.
 unsafe fn map_private(slot: &Slot, at: *mut u8, fixed: i32) -> Result<*mut u8> {
     // SAFETY: by the caller's promise.
     let at = unsafe {
@@ -206,15 +207,15 @@ unsafe fn map_private(slot: &Slot, at: *mut u8, fixed: i32) -> Result<*mut u8> {
     Ok(at.cast())
 }
 
-/// Makes the VMM's mapping of the memslot a private one.
+/// Replaces the VMM's mapping of the memslot by a private one.
 pub(super) fn make_private(slot: &Slot) -> Result {
-    // SAFETY: the mapping is accessed as words only, and is unmapped as it was.
+    // SAFETY: the mapping is accessed as words only, and unmapped like the one that it replaces.
     unsafe { map_private(slot, slot.address(0).cast(), libc::MAP_FIXED) }.map(drop)
 }
 
 impl Private {
     pub(super) fn of(slot: &Slot) -> Result<Self> {
-        // SAFETY: a new mapping, wherever the kernel likes.
+        // SAFETY: a new mapping, where the kernel chooses.
         let at = unsafe { map_private(slot, std::ptr::null_mut(), 0) }?;
         let len = (slot.guest.pages() * PAGE) as usize;
         Ok(Self { at, len })
@@ -317,7 +318,7 @@ fn fork_shares_and_copies() -> Result {
     Ok(())
 }
 
-/// A number of /proc/self/smaps of the mapping that begins there, in pages.
+/// A number in /proc/self/smaps, in pages, of the mapping that begins at `at`.
 pub(super) fn smaps(at: *const u64, name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/self/smaps")?;
     let start = format!("{:x}-", at as u64);

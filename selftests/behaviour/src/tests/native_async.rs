@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Native memory and KVM's asynchronous page faults: a kworker waits for an absent page, and the vCPU
-//! goes on, or halts until an interrupt comes.
+//! Native memory and KVM's asynchronous page faults. A kworker waits for an absent page. Meanwhile
+//! the vCPU continues, or halts until an interrupt comes.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -36,15 +36,16 @@ tests! {
 
 const PAGES: u64 = 64;
 
-/// A vCPU of a machine with KVM's interrupt controllers. It reads pages, as [`guest::peek`] does.
+/// Creates a vCPU that runs [`guest::peek`], in a machine with KVM's interrupt controllers.
 fn vcpu(slot: &Slot, pages: &[u64]) -> Result<Vcpu> {
     let machine = slot.machine()?;
     machine.fd().create_irq_chip()?;
     Ok(machine.vcpu(0, &guest::peek(pages))?)
 }
 
-/// Runs such a vCPU until it has reported so many words. It must not halt: KVM would wait for an
-/// interrupt. Counts how often KVM_RUN returns for a signal.
+/// Runs a vCPU of [`vcpu`] until it has reported that many words. The guest must not halt after
+/// them: KVM would wait for an interrupt. `interrupted` counts how often KVM_RUN returns for a
+/// signal.
 fn run(vcpu: &mut Vcpu, words: usize, interrupted: &AtomicU64) -> Result<Vec<u64>> {
     let mut reports = Vec::new();
     while reports.len() < words {
@@ -58,7 +59,7 @@ fn run(vcpu: &mut Vcpu, words: usize, interrupted: &AtomicU64) -> Result<Vec<u64
     Ok(reports)
 }
 
-/// A thread that does it, and its counter.
+/// Starts a thread that calls [`run`]. Returns the thread, and its counter of signals.
 fn start(slot: &Slot, pages: &[u64]) -> Result<(Task<Vec<u64>>, Arc<AtomicU64>)> {
     let mut vcpu = vcpu(slot, pages)?;
     let interrupted = Arc::new(AtomicU64::new(0));
@@ -67,7 +68,8 @@ fn start(slot: &Slot, pages: &[u64]) -> Result<(Task<Vec<u64>>, Arc<AtomicU64>)>
     Ok((task, interrupted))
 }
 
-/// The next event, which must be of an access to this page by a kworker. Its tid.
+/// Reads the next event, which must be of an access to this page by a kworker. Returns the
+/// kworker's thread ID.
 fn event_of_kworker(slot: &Slot, page: u64) -> Result<u32> {
     let event = slot.event()?;
     ensure_eq!(event.gfn, GPA / PAGE + page, "the event's GFN");
@@ -83,7 +85,7 @@ fn event_of_kworker(slot: &Slot, page: u64) -> Result<u32> {
     Ok(tid)
 }
 
-/// A kworker does not wait for ever: the vCPU's own thread asks then, and gets the page.
+/// A kworker waits for a limited time. Then the vCPU's own thread waits, and gets the page.
 fn leaves_the_vcpu_to_ask() -> Result {
     const LATE: u64 = 5;
     const NEXT: u64 = 6;
@@ -91,7 +93,7 @@ fn leaves_the_vcpu_to_ask() -> Result {
     let (mut task, _) = start(&slot, &[LATE, NEXT])?;
     event_of_kworker(&slot, LATE)?;
     let waits = slot.counter("waits")?;
-    // Its event was read: there is no other.
+    // The event of this page was read already: there is no second one.
     until("the vCPU's own thread waits for the page", || {
         Ok(slot.counter("waits")? > waits)
     })?;
@@ -104,8 +106,8 @@ fn leaves_the_vcpu_to_ask() -> Result {
     Ok(())
 }
 
-/// A VMM that is killed ends although a kworker waits for a page on its behalf. Its memory and its KVM VM
-/// stay until the kworker has answered, which nobody can kill.
+/// A VMM that is killed ends although a kworker waits for one of its pages. The memory and the KVM
+/// VM stay until the kworker has ended. No signal can end the kworker.
 fn ends_with_its_process() -> Result {
     let slot = native(PAGES)?;
     let mut child = Child::fork(|| {
@@ -126,7 +128,7 @@ fn ends_with_its_process() -> Result {
     Ok(())
 }
 
-/// Who closes a VM waits for its kworkers (kvm_clear_async_pf_completion_queue() in
+/// A task that closes a VM waits for the VM's kworkers (kvm_clear_async_pf_completion_queue() in
 /// virt/kvm/async_pf.c), but not for the page.
 fn ends_with_its_vm() -> Result {
     let slot = native(PAGES)?;
@@ -146,7 +148,7 @@ fn ends_with_its_vm() -> Result {
     Ok(())
 }
 
-/// KVM_RUN ends for a signal while a kworker waits.
+/// A signal ends KVM_RUN while a kworker waits.
 fn lets_signals_through() -> Result {
     let slot = native(PAGES)?;
     let pages: Vec<u64> = (0..PAGES).collect();
@@ -161,7 +163,7 @@ fn lets_signals_through() -> Result {
             until("KVM_RUN ends for a signal", || {
                 Ok(interrupted.load(Ordering::Acquire) > before)
             })?;
-            // On a slow machine the kworker may have left the vCPU to ask.
+            // On a slow machine, the kworker's time may be over, and the vCPU's thread may wait.
             seen = slot.counter("waits")? == waits;
         }
         slot.place(page, 1)?;
@@ -175,8 +177,8 @@ fn lets_signals_through() -> Result {
     Ok(())
 }
 
-/// In a private mapping, what a guest only reads stays the memslot's page, also if it was absent.
-/// An asynchronous page fault asks for the page to be written.
+/// In a private mapping, a page that the guest only reads gets no private copy, also if it was
+/// absent. KVM's asynchronous page fault asks for write access.
 fn read_makes_no_private_copy() -> Result {
     let slot = native(PAGES)?;
     make_private(&slot)?;
@@ -192,30 +194,30 @@ fn read_makes_no_private_copy() -> Result {
         .collect();
     ensure_eq!(task.join("the vCPU")?, words, "what it read");
     ensure_eq!(smaps(slot.address(0), "Anonymous")?, 0, "private pages");
-    // The kworkers' failures are nobody's.
+    // The module does not count the failed accesses of kworkers.
     ensure_eq!(slot.counter("sigbus")?, 0, "accesses that failed");
     Ok(())
 }
 
-/// Pages that the Linux guest reads.
+/// How many pages the Linux guest reads.
 const READ: u64 = 16;
 
-/// How long a page is kept away.
+/// How long the test keeps a page absent.
 const AWAY: Duration = Duration::from_millis(100);
 
-/// A Linux guest of one vCPU. One of its processes reads pages in turn, another one counts without a
-/// pause (demo/guest/waits.h).
+/// A Linux guest of one vCPU. One of its processes reads pages in turn, and another one counts
+/// without a pause (demo/guest/waits.h).
 struct Linux {
     ram: Arc<Ram>,
     memory: File,
-    /// The pages that are read.
+    /// The pages that the guest reads.
     pages: Vec<u64>,
-    /// Where the counter is in the memory.
+    /// The address of the counter in the memory.
     counter: u64,
 }
 
 impl Linux {
-    /// The guest, and what [`linux::restore`] needs to run it.
+    /// Creates the guest. Also returns the state from which [`linux::restore`] runs it.
     fn new() -> Result<(Self, Vec<u8>)> {
         let load = format!("kdp_waits={READ}");
         let snapshot = linux::snapshot_of("waits", 1, &load, "KDP-WAITS ")?;
@@ -251,7 +253,7 @@ impl Linux {
         word(&self.memory, self.counter)
     }
 
-    /// How far the process that counts comes in a millisecond, while a page may be kept away.
+    /// How far the counting process counts in a millisecond. Measures for [`AWAY`].
     fn pace(&self) -> Result<f64> {
         let (start, before) = (Instant::now(), self.count()?);
         std::thread::sleep(AWAY);
@@ -284,7 +286,7 @@ fn word(memory: &File, at: u64) -> Result<u64> {
     Ok(u64::from_ne_bytes(bytes))
 }
 
-/// Where the guest has the pages of demo/guest/waits.h, by their numbers.
+/// Finds the guest's pages of demo/guest/waits.h. The index is the page's number there.
 fn find(snapshot: &Snapshot) -> Result<Vec<Option<u64>>> {
     const MAGIC: u64 = 0x6b64_702d_7761_6974;
     let mut found = vec![None; READ as usize + 1];
@@ -304,7 +306,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Keeps pages away from a guest that exits for them, and sees how far it comes meanwhile.
+/// A page requester for a guest with exits on. It measures the counter's pace before it provides a
+/// page.
 struct Slow {
     linux: Arc<Linux>,
     paces: Mutex<Vec<f64>>,
@@ -328,9 +331,9 @@ impl PageRequester for Slow {
     }
 }
 
-/// While a process of a Linux guest waits for a page, another one works on, on the same vCPU: by
-/// asynchronous page faults, which KVM has for a vCPU thread with exits off. With exits on, the vCPU
-/// runs nothing.
+/// While a process of a Linux guest waits for a page, another process works on the same vCPU. That
+/// is by asynchronous page faults, and so only with exits off. With exits on, the vCPU runs
+/// nothing.
 fn linux_works_while_one_waits() -> Result {
     let (linux, state) = Linux::new()?;
     let console = Console::default();
@@ -390,7 +393,7 @@ fn linux_works_while_one_waits() -> Result {
     Ok(())
 }
 
-/// How often a thread of this process has gone to sleep.
+/// How often a thread of this process has gone to sleep. `name` is the thread's name.
 fn sleeps(name: &str) -> Result<u64> {
     for task in fs::read_dir("/proc/self/task")? {
         let at = task?.path();
@@ -406,14 +409,14 @@ fn sleeps(name: &str) -> Result<u64> {
     fail!("there is no thread '{name}'")
 }
 
-/// A vCPU's thread does not sleep for a page that KVM first asks for without waiting: neither for one
-/// that is absent, nor for one that is in swap, or on its way there.
+/// A vCPU's thread does not sleep for a page if KVM has asynchronous page faults. It sleeps neither
+/// for an absent page nor for a page in swap, or on its way there.
 fn linux_vcpu_never_sleeps() -> Result {
     const VCPU: &str = "vcpu-0";
     let (linux, state) = Linux::new()?;
     let console = Console::default();
     let machine = linux::restore(linux.ram.clone(), &state, &console, None)?;
-    // It has gone round once: KVM has what the guest needs to count and to take turns.
+    // The guest has read all pages once: KVM has mapped what both processes need.
     let faults = linux.stat("faults")?;
     until("the guest reads", || {
         Ok(linux.stat("faults")? >= faults + READ)
@@ -429,7 +432,7 @@ fn linux_vcpu_never_sleeps() -> Result {
         linux.give_back(page)?;
     }
     println!("{slept} sleeps for {READ} absent pages");
-    // The guest, too, may have a reason to make its vCPU sleep.
+    // The vCPU's thread may also sleep for reasons of the guest's own.
     ensure!(slept < READ / 2, "{slept} sleeps for {READ} absent pages");
 
     let _swap = Swap::on(8 << 20)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Native memory and the kernel's limits: which memory cgroup is charged, what happens at
-//! memory.max, swap.
+//! memory.max, and swap.
 
 use std::fs;
 use std::iter;
@@ -42,14 +42,14 @@ tests! {
 
 const MIB: u64 = 1 << 20;
 
-/// How long a child may take.
+/// How long a child process may take.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What the kernel may charge beside the pages: what each CPU has in stock (MEMCG_CHARGE_BATCH),
-/// page tables, the memory of a process.
+/// Bytes that the kernel may charge beside the pages: the stock of each CPU (MEMCG_CHARGE_BATCH),
+/// page tables, and the other memory of a process.
 const SLACK: u64 = 4 * MIB;
 
-/// A cgroup with a limit, and without swap.
+/// Creates a memory cgroup with a limit, and without swap.
 fn limited(bytes: u64) -> Result<Cgroup> {
     let cgroup = Cgroup::new("memory")?;
     cgroup.set("memory.max", bytes)?;
@@ -57,8 +57,8 @@ fn limited(bytes: u64) -> Result<Cgroup> {
     Ok(cgroup)
 }
 
-/// The memory cgroup of the process that touches a page is charged, or that of who places it; no
-/// other one.
+/// The kernel charges a page to the memory cgroup of the process that accesses it first, or that
+/// places it. It charges no other cgroup.
 fn charges_who_touches() -> Result {
     const PART: u64 = 4 * BLOCK;
     const BYTES: u64 = PART * PAGE;
@@ -66,7 +66,7 @@ fn charges_who_touches() -> Result {
     let toucher = limited(2 * BYTES + SLACK)?;
     vmm.enter()?;
     let slot = native(3 * PART)?;
-    // Two parts for who touches: holes, and zero pages. One for who places.
+    // The child accesses two parts: holes, and zero pages. This process places the third part.
     slot.mark_range(State::Present, PageRange::new(0, PART))?;
     slot.mark_range(State::Zero, PageRange::new(PART, PART))?;
     let before = vmm.number("memory.current")?;
@@ -103,7 +103,7 @@ fn charges_who_touches() -> Result {
         (BYTES..before + BYTES + SLACK).contains(&charged),
         "{charged} bytes were charged to who placed {BYTES}, and {before} before that"
     );
-    // What is in memory is charged to nobody else who touches it.
+    // An access to a page that is in memory already charges nobody.
     for page in 0..3 * PART {
         slot.check(page, 1)?;
     }
@@ -111,7 +111,7 @@ fn charges_who_touches() -> Result {
         vmm.number("memory.peak")? < charged + SLACK,
         "who touches what is there is charged"
     );
-    // The charge goes with the memory.
+    // When the memory is freed, so is the charge.
     slot.mark_range(State::Absent, PageRange::new(0, 3 * PART))?;
     slot.memfd.punch_hole(PageRange::new(0, 3 * PART))?;
     until("the charges are given back", || {
@@ -120,13 +120,13 @@ fn charges_who_touches() -> Result {
     })
 }
 
-/// Bytes that a process may have which wants more.
+/// The memory limit, in bytes, of a process that wants more.
 const LIMIT: u64 = 16 * MIB;
 
-/// Pages of its VM's memslot.
+/// The number of pages that this process wants: all pages of the memslot.
 const WANTED: u64 = 2 * LIMIT / PAGE;
 
-/// A process writes to pages in order.
+/// Writes to all pages in order, as a process.
 fn process_touches(slot: &Slot) -> Result {
     for page in 0..WANTED {
         slot.guest.write(page, &content::bytes(page, 1))?;
@@ -134,7 +134,7 @@ fn process_touches(slot: &Slot) -> Result {
     Ok(())
 }
 
-/// A vCPU does.
+/// Writes to all pages in order, as a vCPU.
 fn vcpu_touches(slot: &Slot) -> Result {
     let touch = Touch::new(GPA, Order::sequential(WANTED)).write(1);
     guest::run(
@@ -144,15 +144,15 @@ fn vcpu_touches(slot: &Slot) -> Result {
     .map(drop)
 }
 
-/// Waits for a word that another process sets.
+/// Waits until another process sets a word.
 fn wait_for(shared: &Shared, index: usize) {
     while shared.at(index).load(Ordering::Acquire) == 0 {
         thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// A process that has more guest memory than its cgroup may have is killed, and no other process;
-/// what it wrote is there, and others go on.
+/// The OOM killer kills a process that accesses more guest memory than its cgroup may have, and no
+/// other process. The bytes that it wrote stay. Its page handler and another VM continue.
 fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
     need_kvm()?;
     let (cgroup, other) = (limited(LIMIT)?, Cgroup::new("memory")?);
@@ -214,7 +214,7 @@ fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
         "{peak} bytes were charged, and {LIMIT} allowed"
     );
 
-    // It wrote the same to all pages up to one, and nothing after that.
+    // It wrote to all pages up to one, and to none after that.
     let touch = Touch::new(GPA, Order::sequential(WANTED)).write(1);
     let mut written = 0;
     for page in 0..WANTED {
@@ -224,7 +224,7 @@ fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
         if is_written && written == page {
             written += 1;
         }
-        // The one in whose midst it was killed may have a part.
+        // The page that it was writing when it was killed may have a part of its bytes.
         ensure!(
             is_written || page == written || words == [0; content::WORDS],
             "page {page}, behind {written} written ones, holds {:x?}...",
@@ -235,7 +235,7 @@ fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
         (LIMIT / 2 / PAGE..LIMIT / PAGE).contains(&written),
         "it wrote {written} pages"
     );
-    // Its page handler goes on, and the other VM.
+    // Its page handler and the other VM continue.
     slot.mark(State::Absent, 7)?;
     ensure_eq!(slot.words(7)?, [0; content::WORDS], "page 7, placed anew");
     busy.goes_on(2)?;
@@ -245,21 +245,22 @@ fn oom_kills(touches: fn(&Slot) -> Result) -> Result {
     its_handler.stop()
 }
 
-/// What becomes of a process at its cgroup's limit.
+/// What happens to a process at its cgroup's limit.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OnLimit {
-    /// It may be killed.
+    /// The OOM killer may kill it.
     Kills,
-    /// It may not: what it wants fails.
+    /// The OOM killer may not kill it: its allocation fails.
     Fails,
 }
 
-/// A page handler places pages until its cgroup may have no more. Each page is placed or absent,
-/// and can be placed when there is memory.
+/// A page handler places pages until its cgroup reaches its limit. Then each page is either placed
+/// or absent. An absent page can be placed when there is memory again.
 fn place_at_the_limit(on_limit: OnLimit) -> Result {
-    /// Pages that are placed by one call.
+    /// Pages that one call places.
     const BATCH: u64 = 8;
-    /// What the page handler tells: pages that are done, the errno of a call, and whether to go on.
+    /// Words that the page handler shares with the test: the pages that are done, the errno of a
+    /// call, and whether to continue.
     const DONE: usize = 0;
     const ERRNO: usize = 1;
     const GO: usize = 2;
@@ -271,7 +272,7 @@ fn place_at_the_limit(on_limit: OnLimit) -> Result {
             fs::write("/proc/self/oom_score_adj", "-1000")?;
         }
         cgroup.enter()?;
-        // At the limit this process gets no memory: it takes none then.
+        // Allocate before the limit is reached: at the limit, this process gets no memory.
         let mut data = vec![0; (BATCH * PAGE) as usize];
         let mut place = |first: u64| {
             for (page, bytes) in (first..).zip(data.chunks_exact_mut(PAGE as usize)) {
@@ -286,7 +287,8 @@ fn place_at_the_limit(on_limit: OnLimit) -> Result {
                 ..Default::default()
             };
             let fd = slot.vm.as_fd().as_raw_fd();
-            // SAFETY: the call reads and writes its argument, and reads `data`, which is as long.
+            // SAFETY: the call reads and writes its argument. It reads `BATCH` pages of `data`,
+            // which has as many.
             let ret = unsafe { libc::ioctl(fd, abi::KDP_PLACE.into(), &raw mut call) };
             let errno = sys::check(ret).err().and_then(|e| e.raw_os_error());
             (call.done, errno)
@@ -328,7 +330,7 @@ fn place_at_the_limit(on_limit: OnLimit) -> Result {
         slot.check(page, 1)?;
     }
     slot.no_event()?;
-    // The page that there was no memory for.
+    // The first page that was not placed.
     let mut reader = slot.checker(placed, 1)?;
     let event = slot.event()?;
     ensure_eq!(event.page, placed, "the page that was asked for");
@@ -365,20 +367,19 @@ fn swapped_pages_come_back() -> Result {
     Ok(())
 }
 
-/// Guest memory whose pages come as they are asked for. Some are taken away again, as a page
-/// handler does that moves a guest's memory elsewhere: so that there are always some that are
-/// absent.
+/// Guest memory whose pages are placed when they are accessed. Some pages are made absent again, so
+/// that there are always absent pages.
 struct Coming {
     slot: Arc<Slot>,
     away: Mutex<Away>,
 }
 
 struct Away {
-    /// Of each page the bytes that it gets next; none while it is present.
+    /// For each absent page, the bytes with which it is placed. `None` for a present page.
     bytes: Vec<Option<Box<[u8]>>>,
-    /// How many have some.
+    /// The number of absent pages.
     absent: u64,
-    /// The pages in the order in which they are taken away, and how many that has been.
+    /// The pages, in the order in which they are made absent, and the number of times that one was.
     next: Box<dyn Iterator<Item = u64> + Send>,
     taken: u64,
 }
@@ -404,14 +405,14 @@ impl Coming {
         self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a page holds at first: zeros where vCPUs count.
+    /// The bytes that a page holds at first: zeros where vCPUs count.
     fn bytes(page: u64) -> [u8; PAGE as usize] {
         let mut bytes = content::bytes(page, 1);
         bytes[..8 * VCPUS as usize].fill(0);
         bytes
     }
 
-    /// Fails if bytes of a page are wrong that no vCPU writes.
+    /// Checks the bytes of a page that no vCPU writes.
     fn check(page: u64, bytes: &[u8]) -> Result {
         let counted = 8 * VCPUS as usize;
         ensure!(
@@ -422,7 +423,7 @@ impl Coming {
         Ok(())
     }
 
-    /// Places a page, if it is absent, and takes another one away if few are.
+    /// Places a page if it is absent. Then makes other pages absent while too few are.
     fn place(&self, page: u64) -> Result {
         let mut away = self.lock();
         if let Some(bytes) = away.bytes[page as usize].take() {
@@ -439,7 +440,7 @@ impl Coming {
         Ok(())
     }
 
-    /// Makes a page absent, if it is present, and gives its memory back.
+    /// Makes a page absent if it is present, and frees its memory.
     fn take_away(&self, away: &mut Away, page: u64) -> Result {
         let saved = &mut away.bytes[page as usize];
         if saved.is_some() {
@@ -457,21 +458,22 @@ impl Coming {
     }
 }
 
-/// A guest that may have half of its memory writes to all of it in random order, while pages come,
-/// go and come back: the other half is in swap, and no byte is lost.
+/// A guest writes to all of its memory in random order, in a cgroup that may have half of that
+/// memory. The other half is in swap. Meanwhile pages are placed and made absent. No byte may be
+/// lost.
 ///
-/// A soak of N lasts N times as long, with a larger guest.
+/// With KDP_SOAK=N the test runs N times as long, with a larger guest.
 fn swap_beside_a_guest() -> Result {
     const SPAN: Duration = Duration::from_secs(4);
     let pages = if soak() > 1 { 16 * BLOCK } else { 4 * BLOCK };
     let bytes = pages * PAGE;
     let _swap = Swap::on(2 * bytes)?;
-    // Pages are visited in random order: not worth while to read their neighbours in swap.
+    // The vCPUs visit pages in random order: do not read their neighbours in swap.
     let _setting = Setting::set("/proc/sys/vm/page-cluster", "0")?;
     let cgroup = Cgroup::new("memory")?;
     cgroup.set("memory.max", bytes / 2)?;
     let slot = native(pages)?;
-    // Of memory that the limit is not for.
+    // Allocate its copies of the pages before this process enters the cgroup.
     let coming = Coming::new(&slot);
     cgroup.enter()?;
     let start = Instant::now();
@@ -507,7 +509,7 @@ fn swap_beside_a_guest() -> Result {
     ensure_eq!(cgroup.entry("memory.events", "oom_kill")?, 0, "OOM kills");
     let peak = cgroup.number("memory.peak")?;
     ensure!(peak <= bytes / 2, "{peak} bytes were charged");
-    // From now on pages come, and stay.
+    // From now on no page is made absent again.
     coming.lock().next = Box::new(iter::empty());
     let rounds = busy.end()?;
     let events = handler.events();

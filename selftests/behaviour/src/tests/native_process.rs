@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Native memory under what the kernel does for a process: core dumps, futexes, its end, and
-//! devices that pin its memory.
+//! Native memory, and what the kernel does with the memory of a process: core dumps, futexes, the
+//! end of a thread, and devices that pin memory.
 
 use std::fs::{self, File};
 use std::io;
@@ -34,7 +34,7 @@ tests! {
 
 const PAGES: u64 = 64;
 
-/// A directory in memory, which goes with this.
+/// A directory on a tmpfs, which is removed when this is dropped.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -47,12 +47,12 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What is left is memory until the machine ends.
+        // If this fails, the files stay in memory until the machine ends.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// A part of a process's memory in its core, a PT_LOAD segment.
+/// A PT_LOAD segment of a core: a part of the process's memory.
 struct Segment {
     address: u64,
     memory: u64,
@@ -60,7 +60,7 @@ struct Segment {
     bytes: u64,
 }
 
-/// Those of a core: an ELF file of 64 bits. See elf(5).
+/// Reads the segments of a core, which is an ELF file of 64 bits. See elf(5).
 fn segments(core: &File) -> Result<Vec<Segment>> {
     const PT_LOAD: u64 = 1;
     let word = |at: u64, len: usize| -> Result<u64> {
@@ -84,7 +84,7 @@ fn segments(core: &File) -> Result<Vec<Segment>> {
     Ok(segments)
 }
 
-/// Fails unless the core knows of the mapping, and has no byte of it.
+/// Fails unless the core lists the mapping, and holds none of its bytes.
 fn is_left_out(segments: &[Segment], at: *const u64) -> Result {
     let range = at as u64..at as u64 + PAGES * PAGE;
     let mut known = 0;
@@ -97,7 +97,7 @@ fn is_left_out(segments: &[Segment], at: *const u64) -> Result {
     Ok(())
 }
 
-/// Lets this process dump all of its memory.
+/// Makes a core dump of this process include all kinds of memory.
 fn dump_all() -> Result {
     let limit = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
@@ -108,8 +108,8 @@ fn dump_all() -> Result {
     Ok(fs::write("/proc/self/coredump_filter", "0x1ff")?)
 }
 
-/// A process is killed by a signal that dumps core, while threads of it wait for absent pages. It
-/// ends at once, and its core has all but the memslot.
+/// A signal that dumps core kills a process whose threads wait for absent pages. The process ends
+/// at once. Its core leaves out the memslot, and has the other memory.
 fn core_dump() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     let private = Private::of(&slot)?;
@@ -118,7 +118,7 @@ fn core_dump() -> Result {
         slot.check(page, 1)?;
     }
     private.write(1, 2);
-    // Anonymous memory, with bytes to be found again.
+    // Anonymous memory, whose bytes must be in the core.
     let marker = content::bytes(77, 9).to_vec();
     let scratch = Scratch::new()?;
     let pattern = format!("{}/core", scratch.0.display());
@@ -173,8 +173,8 @@ fn core_dump() -> Result {
     slot.check(5, 1)
 }
 
-/// A process has a robust mutex in an absent page when it ends: the kernel looks at it, and nothing
-/// can kill a process that waits then.
+/// A process ends with a robust mutex in an absent page. The kernel accesses the mutex then, and
+/// must not wait for the page: no signal could end that wait.
 fn exit_does_not_wait() -> Result {
     for (backing, pages) in BACKINGS {
         let slot = Slot::new(backing, pages)?;
@@ -183,9 +183,9 @@ fn exit_does_not_wait() -> Result {
             let head = Box::leak(Box::new([0; 4])).as_mut_ptr();
             let entry = head.wrapping_add(3);
             let offset = (slot.address(5) as u64).wrapping_sub(entry as u64);
-            // SAFETY: the list has four words and stays. The kernel reads it when the process ends:
-            // the first entry, where a mutex is seen from its entry, none that is just being
-            // locked. The entry is the last one.
+            // SAFETY: the list has four words, and is never freed. The kernel reads it when the
+            // process ends. Its head holds the first entry, the offset from an entry to its mutex,
+            // and no mutex that is just being locked. The entry points back to the head.
             let ret = unsafe {
                 head.write(entry as u64);
                 head.add(1).write(offset);
@@ -196,7 +196,7 @@ fn exit_does_not_wait() -> Result {
             Ok(())
         })?;
         let ended = child.wait(Duration::from_secs(20));
-        // Or it would stay for ever.
+        // If the process waits, this ends its wait.
         slot.place(5, 1)?;
         ensure_eq!(ended?, Ended::Status(0), "the process's end");
         slot.no_event()?;
@@ -204,7 +204,7 @@ fn exit_does_not_wait() -> Result {
     Ok(())
 }
 
-/// futex(2), of one that processes share.
+/// futex(2) on a futex that processes share.
 fn futex(at: *const u64, op: c_int, value: u32, timeout: Option<Duration>) -> io::Result<u64> {
     let time = timeout.map(|time| libc::timespec {
         tv_sec: time.as_secs() as i64,
@@ -221,7 +221,7 @@ fn word(page: u64, version: u64) -> u32 {
     content::word(page, version, 0) as u32
 }
 
-/// A process that sleeps until it is woken at a present page.
+/// Starts a process that sleeps in FUTEX_WAIT at a present page.
 fn sleeper(slot: &Slot, page: u64, version: u64) -> Result<Child> {
     let child = Child::fork(|| {
         futex(
@@ -240,15 +240,15 @@ fn sleeper(slot: &Slot, page: u64, version: u64) -> Result<Child> {
     Ok(child)
 }
 
-/// Wakes who sleeps at an address.
+/// Wakes the process that sleeps at an address.
 fn wake(at: usize) -> Result {
     until("the child is woken", || {
         Ok(futex(at as *const u64, libc::FUTEX_WAKE, 1, None)? == 1)
     })
 }
 
-/// It is the memfd's page that they meet at: through whatever mapping, and whether it was absent
-/// meanwhile.
+/// The memfd's page identifies a futex. So one process can wake another through any mapping, also
+/// after the page was absent meanwhile.
 fn futex_between_processes() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     for at in [
@@ -277,8 +277,8 @@ fn futex_between_processes() -> Result {
     child.join(PATIENCE)
 }
 
-/// FUTEX_WAIT and FUTEX_WAKE of an absent page wait until it is placed, which no timeout ends, and
-/// then look at its bytes. A lost page has no futex.
+/// FUTEX_WAIT and FUTEX_WAKE at an absent page wait until the page is placed, and then use its
+/// bytes. No timeout ends that wait. At a poisoned page they fail.
 fn futex_waits_for_its_page() -> Result {
     const TIMEOUT: Duration = Duration::from_millis(1);
     let slot = Slot::new(Backing::Shmem, PAGES)?;
@@ -310,8 +310,8 @@ fn futex_waits_for_its_page() -> Result {
     slot.no_event()
 }
 
-/// A device that pins memory under the mmap lock (AF_XDP here, VFIO in the same way) has an error
-/// where a page is absent: it does not wait, and pins no zeros.
+/// A device that pins memory under the mmap lock gets an error if a page is absent. It does not
+/// wait, and pins no zeros. The test uses AF_XDP; VFIO pins in the same way.
 fn device_pins_what_is_present() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     for page in 0..4 {
@@ -337,9 +337,9 @@ fn device_pins_what_is_present() -> Result {
     Ok(())
 }
 
-/// What a device has pinned stays pinned, whatever the page's state is: it goes on with that
-/// memory, and does not wait. That is the memslot's memory until a hole is punched there; from then
-/// on nobody else has it.
+/// A page that a device has pinned stays pinned in every state: the device continues to access it,
+/// and does not wait. The memslot has the same page until a hole is punched there. From then on
+/// only the device has it.
 fn device_keeps_what_it_pinned() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     let tap = Tap::new()?;
@@ -373,11 +373,11 @@ fn device_keeps_what_it_pinned() -> Result {
     slot.mark(State::Present, 1)?;
     let frames = numa::frames(slot.guest.as_ptr(), 4)?;
     ensure_eq!(frames, pinned, "the frames, present again");
-    // Poison takes the page from processes. The device has it.
+    // Processes cannot access a poisoned page, but the device can.
     slot.vm.poison(ID, &[PageRange::page(2)], Cause::Emulated)?;
     sends(&socket, 2, 0, "while it is lost")?;
     slot.vm.heal(ID, &[PageRange::page(2)])?;
-    // A hole takes it from the memslot.
+    // A hole takes the page from the memslot.
     slot.mark(State::Absent, 3)?;
     slot.memfd.punch_hole(PageRange::page(3))?;
     put(3, &packets[2])?;
@@ -390,7 +390,7 @@ fn device_keeps_what_it_pinned() -> Result {
         "the frames of pages without a hole"
     );
     ensure!(frames[3] != pinned[3], "page 3 has the device's frame");
-    // Pinned anew it is the memslot's.
+    // Pinned again, the device has the memslot's page.
     drop(socket);
     let mut socket = Socket::new()?;
     socket.register(slot.address(0), 4)?;

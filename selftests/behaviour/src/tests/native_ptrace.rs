@@ -23,13 +23,13 @@ tests! {
 
 const PAGES: u64 = 64;
 
-/// A process that this thread traces. It is stopped, and goes on when this is dropped.
+/// A process that this thread traces. The process is stopped until this is dropped.
 struct Traced<'a>(&'a Child);
 
 impl<'a> Traced<'a> {
     /// Attaches to a process, and waits until it has stopped.
     fn attach(child: &'a Child) -> Result<Self> {
-        // SAFETY: the child is this process's, and was not waited for.
+        // SAFETY: the child belongs to this process, and was not reaped.
         sys::check(unsafe { libc::ptrace(libc::PTRACE_ATTACH, child.pid(), 0, 0) } as i32)?;
         let traced = Self(child);
         let mut status = 0;
@@ -45,10 +45,10 @@ impl<'a> Traced<'a> {
         Ok(traced)
     }
 
-    /// Reads a word of its memory.
+    /// Reads a word of the process's memory.
     fn peek(&self, at: *const u64) -> io::Result<u64> {
         let mut word = 0_u64;
-        // The system call itself: it stores the word, which the C library's function returns.
+        // Not the C library's function: that returns the word, and so cannot tell it from an error.
         // SAFETY: `word` is valid for a write; the kernel checks the other address.
         let ret = unsafe {
             libc::syscall(
@@ -63,14 +63,14 @@ impl<'a> Traced<'a> {
         Ok(word)
     }
 
-    /// Writes a word of its memory.
+    /// Writes a word of the process's memory.
     fn poke(&self, at: *mut u64, word: u64) -> io::Result<()> {
         // SAFETY: it writes to the other process; the kernel checks the address.
         let ret = unsafe { libc::ptrace(libc::PTRACE_POKEDATA, self.0.pid(), at, word) };
         sys::check(ret as i32).map(drop)
     }
 
-    /// Reads a whole page.
+    /// Reads a whole page of the process's memory.
     fn page(&self, slot: &Slot, page: u64) -> Result<[u64; WORDS]> {
         let mut words = [0; WORDS];
         for (i, word) in words.iter_mut().enumerate() {
@@ -79,7 +79,7 @@ impl<'a> Traced<'a> {
         Ok(words)
     }
 
-    /// Fails unless ptrace() and /proc/PID/mem cannot access a page. Neither may ask for it.
+    /// Fails if ptrace() or /proc/PID/mem can access the page, or causes an event.
     fn has_no(&self, slot: &Slot, page: u64) -> Result {
         let memory = OpenOptions::new()
             .read(true)
@@ -103,13 +103,14 @@ impl<'a> Traced<'a> {
 
 impl Drop for Traced<'_> {
     fn drop(&mut self) {
-        // A process that has ended cannot be detached from.
-        // SAFETY: the process goes on where it was.
+        // This fails if the process has ended.
+        // SAFETY: the process continues where it was stopped.
         unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0.pid(), 0, 0) };
     }
 }
 
-/// A debugger reads and writes present pages of the process. An absent page is an error at once.
+/// A debugger reads and writes present pages of the process. Its access to an absent page fails at
+/// once.
 fn peeks_and_pokes() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     slot.place(3, 1)?;
@@ -149,7 +150,7 @@ fn peeks_and_pokes() -> Result {
     child.join(PATIENCE)
 }
 
-/// A process that waits for an absent page stops for a debugger. Detached, it waits again.
+/// A process that waits for an absent page stops for a debugger. After the detach it waits again.
 fn attaches_to_who_waits() -> Result {
     let slot = Slot::new(Backing::Shmem, PAGES)?;
     let mut child = Child::fork(|| slot.check(6, 1))?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Nested guests: a guest of a guest, whose memory and whose control structures are pages of the
+//! Nested guests. The memory and the control structures of the inner guest are pages of the
 //! memslot.
 
 use std::fs;
@@ -28,7 +28,7 @@ tests! {
     "native-nested-guest-on-hugetlb-is-refused" => guest_on_hugetlb_is_refused,
 }
 
-/// A nested guest whose pages all come late.
+/// A nested guest all of whose pages are absent at first.
 struct Nested {
     slot: Arc<Slot>,
     store: Arc<Store>,
@@ -53,7 +53,7 @@ impl Nested {
         })
     }
 
-    /// Runs the outer and the inner guest until the VMM is told of this.
+    /// Runs the outer and the inner guest. The vCPU must stop with these stops, in this order.
     fn expect(&mut self, stops: &[Stop], mut on_fault: impl FnMut(u64) -> Result) -> Result {
         for expected in stops {
             let stop = nested::next(&mut self.vcpu, &mut on_fault)?;
@@ -67,7 +67,7 @@ impl Nested {
         Ok(())
     }
 
-    /// Fails unless these pages were fetched since the last call, each once.
+    /// Fails unless exactly these pages were fetched since the last call, each once.
     fn check_fetched(&self, what: &str, pages: impl IntoIterator<Item = u64>) -> Result {
         let mut expected: Vec<u64> = pages.into_iter().collect();
         expected.sort_unstable();
@@ -80,9 +80,10 @@ impl Nested {
         Ok(())
     }
 
-    /// One round of the inner guest, over this version of what it reads. All pages are absent
-    /// before it and after it, and are made absent once more in between, while KVM has the inner
-    /// guest's state.
+    /// Runs one round of the inner guest, over this version of the pages that it reads.
+    ///
+    /// All pages are absent before the round and after it. They are made absent once more in
+    /// between, while the inner guest is active.
     fn round(&mut self, version: u64, mut on_fault: impl FnMut(u64) -> Result) -> Result {
         let sum = nested::sum(version);
         self.expect(&[Stop::Tick(sum as u32)], &mut on_fault)?;
@@ -132,9 +133,13 @@ impl Nested {
     }
 }
 
-/// Everything that the inner guest needs is fetched when it is needed, by an event each: what the
-/// CPU reads, what KVM maps or copies, and what the inner guest reads and writes. Made absent
-/// again, it is fetched again.
+/// Each page that the inner guest needs causes an event when it is needed:
+///
+/// - pages that the CPU reads,
+/// - pages that KVM maps or copies,
+/// - pages that the inner guest reads and writes.
+///
+/// A page that is made absent again causes an event again.
 fn guest_waits_for_pages() -> Result {
     for translation in TRANSLATIONS {
         let mut nested = Nested::new(translation)?;
@@ -148,8 +153,8 @@ fn guest_waits_for_pages() -> Result {
     Ok(())
 }
 
-/// With exits on, accesses of the outer guest exit; those of the inner guest, and of KVM for its
-/// sake, wait.
+/// With exits on, accesses of the outer guest exit. Accesses of the inner guest, and KVM's accesses
+/// for it, wait.
 fn guest_waits_with_exits_on() -> Result {
     for translation in TRANSLATIONS {
         let mut nested = Nested::new(translation)?;
@@ -164,9 +169,9 @@ fn guest_waits_with_exits_on() -> Result {
             Ok((nested, exits))
         })?;
         let (nested, mut exits) = task.join("the vCPU")?;
-        // VMSAVE and VMLOAD are accesses of the outer guest's CPU or of KVM's, by what the CPU can
-        // do. VMLOAD of the control block is in the first half of each round; in the second half
-        // KVM needs the block at #VMEXIT.
+        // It depends on the CPU whether VMSAVE and VMLOAD are accesses of the outer guest, which
+        // exit, or of KVM, which wait. VMLOAD of the control block is in the first half of each
+        // round. In the second half, KVM needs the block first, at #VMEXIT.
         let blocks = exits.iter().filter(|&&page| page == VMCB).count();
         ensure!(
             blocks <= 3,
@@ -180,8 +185,8 @@ fn guest_waits_with_exits_on() -> Result {
     Ok(())
 }
 
-/// A page of the inner guest's is poisoned: the VMM's thread is told, as for any guest, until it is
-/// healed.
+/// A poisoned page of the inner guest stops KVM_RUN with a signal, as for any guest, until the page
+/// is healed.
 fn guest_meets_poison() -> Result {
     sys::note_bus_errors();
     for translation in TRANSLATIONS {
@@ -203,9 +208,9 @@ fn guest_meets_poison() -> Result {
     Ok(())
 }
 
-/// On hugetlb KVM refuses to map the pages of VMSAVE, VMLOAD and VMRUN, with the parameters that it
-/// has by default: KVM_RUN ends with an internal error, in the outer guest, at the first of these
-/// instructions that KVM emulates, even if all pages are present.
+/// On hugetlb, KVM with its default parameters refuses to map the pages of VMSAVE, VMLOAD and
+/// VMRUN. KVM_RUN ends with an internal error at the first of these instructions that KVM emulates.
+/// That is so even if all pages are present.
 fn guest_on_hugetlb_is_refused() -> Result {
     if fs::read_to_string("/sys/module/kvm/parameters/allow_unsafe_mappings")?.trim() != "N" {
         return skip("KVM was loaded with allow_unsafe_mappings");

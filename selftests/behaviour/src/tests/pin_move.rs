@@ -16,8 +16,8 @@ tests! {
     "native-mbind-decides-the-node" => mbind_decides,
 }
 
-/// mbind(2) on the mapping of a memslot that begins in the middle of its memfd: absent pages are allocated there when they are
-/// placed, by whomever.
+/// After mbind(2) on the mapping of a memslot, absent pages are allocated on the bound node when
+/// they are placed. The memslot begins in the middle of its memfd.
 fn mbind_decides() -> Result {
     const PAGES: u64 = 64;
     const OFFSET: u64 = 16;

@@ -408,8 +408,8 @@ fn small_folios_are_left_alone() -> Result {
     Ok(())
 }
 
-/// A file of KDP_MEMFD has folios of 2 MiB where the host's settings give none to others; whole blocks are mapped by one
-/// entry, and `kdp stat` says so.
+/// A file of KDP_MEMFD has folios of 2 MiB although the host's settings give none to memfds. The
+/// module maps each whole block by one entry, and `kdp stat` shows that.
 fn file_is_huge() -> Result {
     let _folios = Folios::set("never")?;
     let vm = Vm::open()?;
@@ -451,7 +451,7 @@ fn file_is_huge() -> Result {
     ensure_eq!(kib("size-kib"), Some(4096), "KiB in all");
     ensure_eq!(kib("huge-kib"), Some(2048), "KiB in blocks");
     ensure_eq!(kib("rss-kib"), Some(2052), "KiB mapped");
-    // A guest sees the same.
+    // KVM also maps the block by one entry.
     let machine = slot.machine()?;
     let mut vcpu = machine.vcpu(0, &Touch::new(GPA, Order::sequential(BLOCK)).program())?;
     let before = kvm_pages()?;
