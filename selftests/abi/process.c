@@ -364,7 +364,7 @@ static int uffd_open(__u64 features)
 
 static void expect_no_uffd(struct __test_metadata *_metadata, int mem, struct slot *view, int uffd)
 {
-	static unsigned char source[PAGE] __attribute__((aligned(4096)));
+	static unsigned char source[PAGE];
 	struct uffdio_range absent = { (uintptr_t)view->guest + PRESENT * PAGE, PAGE };
 	struct uffdio_copy copy = { .dst = absent.start, .src = (uintptr_t)source, .len = PAGE };
 	struct uffdio_zeropage zero = { .range = absent };
@@ -421,7 +421,7 @@ TEST_F(native, userfaultfd_is_refused)
  */
 TEST_F(native, userfaultfd_of_the_alias)
 {
-	static unsigned char source[PAGE] __attribute__((aligned(4096)));
+	static unsigned char source[PAGE];
 	struct slot view = view_new(_metadata, &self->s, variant->private);
 	const int page = STALE + 4;
 	struct uffdio_register reg = {

@@ -270,7 +270,14 @@ pub fn figures(rows: &[Row]) -> Vec<Figure<'static>> {
     let name = "source in the kernel, in order, over the floor";
     add(name, Cost, source, Some(floor), 1.0, 0.4);
     let name = "instructions for a page of a source, shmem";
-    add(name, Instructions, random("source", SHMEM, Icount), None, 8_217.0, 7_579.0);
+    add(
+        name,
+        Instructions,
+        random("source", SHMEM, Icount),
+        None,
+        8_217.0,
+        7_579.0,
+    );
     let [wait, theirs] = ["wait", "uffd-missing"].map(|mode| random(mode, SHMEM, Icount));
     let name = "wait queue over userfaultfd, cost of a page";
     add(name, Cost, wait, Some(theirs), 0.88, 0.75);
