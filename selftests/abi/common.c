@@ -434,7 +434,7 @@ TEST_F(abi, slot_unknown_is_enoent)
 TEST_F(abi, ioctl_unknown_is_enotty)
 {
 	for (unsigned int nr = 0; nr < 256; nr++) {
-		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_COMMIT)) {
+		if (nr < _IOC_NR(KDP_INFO) || nr > _IOC_NR(KDP_MEMFD)) {
 			EXPECT_EQ(ENOTTY, kdp_ioctl(self->vm, _IO(KDP_IOC_TYPE, nr), self->arg))
 				TH_LOG("nr %#x", nr);
 		}

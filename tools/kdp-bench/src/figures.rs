@@ -279,7 +279,7 @@ pub fn figures(rows: &[Row]) -> Vec<Figure<'static>> {
         7_579.0,
     );
     let [wait, theirs] = ["wait", "uffd-missing"].map(|mode| random(mode, SHMEM, Icount));
-    let name = "wait queue over userfaultfd, cost of a page";
+    let name = "cost of a wait over userfaultfd";
     add(name, Cost, wait, Some(theirs), 0.88, 0.75);
     let [wait, theirs] = ["wait", "uffd-missing"].map(|mode| random(mode, SHMEM, Time));
     add(
