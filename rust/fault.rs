@@ -204,12 +204,14 @@ fn touch(slot: &Memslot, fault: &Fault<'_>, page: u64) -> Access {
 /// going to fail, should it fail.
 #[inline(always)]
 fn prepare_exit(slot: &Memslot, fault: &Fault<'_>, page: u64, reason: u64) -> bool {
-    // The exit follows when KVM asks once more, and waits.
-    if !is_guest(slot, fault, page) || fault.is_native() && fault.no_wait() {
-        return false;
-    }
     let write = if fault.is_write() { KDP_EXIT_WRITE } else { 0 };
-    vcpu::prepare_exit(slot.vm.serial(), slot.place.base_gfn + page, reason | write)
+    let (gfn, flags) = (slot.place.base_gfn + page, reason | write);
+    if fault.is_native() {
+        // The exit follows when KVM asks once more, and waits.
+        let may_exit = !fault.is_user() && !fault.no_wait();
+        return may_exit && vcpu::prepare_asked_exit(slot.vm.serial(), gfn, flags);
+    }
+    is_fixup(fault) && vcpu::prepare_exit(slot.vm.serial(), gfn, flags)
 }
 
 /// The same for a page that is mapped now, and may be unmapped again before KVM looks for it.

@@ -302,12 +302,11 @@ fn fill<'a>(
         return Err(fault);
     };
     match source.fill(&slot, &pages, page) {
-        Ok(Filled::Now(frame, _)) => {
+        Ok(Filled::Now(frame, present)) => {
             slot.stats.source_reads().add(1);
             match frame.into_cached() {
                 Some(cached) => {
-                    // Poisoned neighbours are no present pages here.
-                    let (_, word) = pages.look(page);
+                    let word = pages.healthy(page, present);
                     Ok(insert(slot, pages, fault, cached, word))
                 }
                 None => Err(fault),

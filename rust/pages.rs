@@ -254,7 +254,7 @@ impl Pages {
         } else {
             state
         };
-        (state, seen & !self.poison.word(page))
+        (state, self.healthy(page, seen))
     }
 
     /// The same, as if no page were poisoned.
@@ -484,6 +484,16 @@ impl Pages {
             word: &words.words()[word],
             bit,
         })
+    }
+
+    /// Of the present bits of the word of a page those that are not poisoned.
+    #[inline]
+    pub(crate) fn healthy(&self, page: u64, present: u64) -> u64 {
+        if self.poison.is_empty() {
+            present
+        } else {
+            present & !self.poison.word(page)
+        }
     }
 
     /// A page that was zero has been filled: it is present now.

@@ -102,6 +102,19 @@ pub(crate) fn prepare_exit(vm: u64, gfn: u64, flags: u64) -> bool {
     })
 }
 
+/// Does what [`prepare_exit`] does, if get_user_pages() asks for the page in the stage-2 fault and
+/// waits for it ([`is_stage2_asking`]).
+#[inline]
+pub(crate) fn prepare_asked_exit(vm: u64, gfn: u64, flags: u64) -> bool {
+    with_stage2(vm, gfn, |thread, vcpu| {
+        let asks = thread.asks(true);
+        if asks {
+            vcpu.set_exit(gfn << KDP_PAGE_SHIFT, 1 << KDP_PAGE_SHIFT, flags);
+        }
+        asks
+    })
+}
+
 /// Whether the current thread has exits on for `vm`, and get_user_pages() asks for the page in a
 /// stage-2 fault on it.
 ///
