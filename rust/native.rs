@@ -118,8 +118,9 @@ impl Mapping for NativeMapping {
         }
         if fault.no_wait() {
             let gfn = slot.place.base_gfn + fault.pgoff();
-            slot.asked.by_current(fault.pgoff());
-            vcpu::is_stage2_asking(slot.vm.serial(), gfn, false);
+            if !vcpu::is_stage2_asking(slot.vm.serial(), gfn, false) {
+                slot.asked.by_current(fault.pgoff());
+            }
         }
         let mut brought = false;
         loop {
