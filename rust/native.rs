@@ -65,10 +65,11 @@ use kernel::{
 /// Guest memory that is ordinary memory.
 pub(crate) struct NativeMapping;
 
-/// Threads whose faults must not wait, as KVM's first ask for a page, by the page: the next fault of
-/// the thread there is KVM's second.
+/// Threads whose last fault must not wait, as KVM's first request for a page, and its page. The
+/// thread's next fault on that page is KVM's second request. Threads with exits on are not listed.
 ///
-/// For the events' readers alone. Threads that share a slot overwrite each other's: relaxed.
+/// A guess, for the events' readers and for faults in kworkers. Threads that share an entry
+/// overwrite each other's: relaxed.
 pub(crate) struct Asked([Atomic<u64>; 16]);
 
 impl Asked {
