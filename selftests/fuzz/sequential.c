@@ -5,7 +5,7 @@
 #include "model.h"
 
 /* Of the ioctls that there are, from 0x80 on. */
-#define LAST_NR	_IOC_NR(KDP_COMMIT)
+#define LAST_NR	_IOC_NR(KDP_MEMFD)
 
 static __u64 mark_one(struct mslot *s, __u64 page, __u32 state)
 {
