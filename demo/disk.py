@@ -121,9 +121,7 @@ def boot_and_snapshot(settings):
             wait_for_all(qemu.console, f"round {BEFORE}", 60 * SLOW)
             monitor = qemu.monitor()
             monitor.run("stop")
-            monitor.ignore_shared()
-            monitor.run("migrate", uri=f"file:{snapshot.state}")
-            monitor.wait_migrated(60 * SLOW)
+            monitor.migrate("migrate", snapshot.state, 60 * SLOW)
             qemu.quit()
             rounds = rounds_of(qemu.console, [0] * WORKERS)
             shutil.copy(disk.path, snapshot.disk)
@@ -190,9 +188,7 @@ def restore(settings, snapshot, aio):
         more = {"console_rest": snapshot.rest, "incoming": True}
         with start(settings, handler.memory, disk, **more) as qemu:
             monitor = qemu.monitor(60 * SLOW)
-            monitor.ignore_shared()
-            monitor.run("migrate-incoming", uri=f"file:{snapshot.state}")
-            monitor.wait_migrated(60 * SLOW)
+            monitor.migrate("migrate-incoming", snapshot.state, 60 * SLOW)
             before = handler.report(30 * SLOW)
             before["resident"] = resident(handler.memory, settings.memory, snapshot.pages)
             monitor.run("cont")

@@ -123,11 +123,10 @@ class Qmp:
         self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         return self._next("return")
 
-    def ignore_shared(self):
-        """Leave shared memory out of the migration stream: it stays where it is."""
+    def migrate(self, command, state, timeout):
+        """Migrate to or from a file, by the command. Shared memory stays where it is, out of the file."""
         self.run("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
-
-    def wait_migrated(self, timeout):
+        self.run(command, uri=f"file:{state}")
         deadline = time.monotonic() + timeout
         while True:
             status = self.run("query-migrate").get("status")

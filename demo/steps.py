@@ -92,9 +92,7 @@ def boot_and_snapshot(settings):
         console.wait_for("^KDP-TICK", 30 * SLOW, "a tick of the guest's counter", at)
         monitor = qemu.monitor()
         monitor.run("stop")
-        monitor.ignore_shared()
-        monitor.run("migrate", uri=f"file:{state}")
-        monitor.wait_migrated(60 * SLOW)
+        monitor.migrate("migrate", state, 60 * SLOW)
         qemu.quit()
         check_sequence(console.ticks(), 0)
         return Snapshot(
@@ -135,9 +133,7 @@ def resume(settings, snapshot, memory_path, at_first_tick=None, at_first_verify=
         memory_path, settings.memory, settings.work, snapshot.rest, incoming=True, guest_args=settings.guest_args()
     ) as qemu:
         monitor = qemu.monitor(60 * SLOW)
-        monitor.ignore_shared()
-        monitor.run("migrate-incoming", uri=f"file:{snapshot.state}")
-        monitor.wait_migrated(60 * SLOW)
+        monitor.migrate("migrate-incoming", snapshot.state, 60 * SLOW)
         resumed = time.monotonic()
         monitor.run("cont")
         _, ticked, _ = qemu.console.wait_for("^KDP-TICK", 30 * SLOW, "the first tick after the resume")

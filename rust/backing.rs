@@ -128,7 +128,7 @@ impl Backing {
         CachedPage::find(&self.memfd, self.offset + page, wait)
     }
 
-    /// The same, as [`CachedPage::get`] says.
+    /// Returns a page of a memfd of shmem as [`CachedPage::get`] does.
     pub(crate) fn get(&self, page: u64) -> Result<CachedPage> {
         CachedPage::get(&self.memfd, self.offset + page, &self.owner)
     }

@@ -49,20 +49,20 @@ static const struct vm_operations_struct *find_shmem_ops(void)
 		return ERR_CAST(file);
 	desc.file = file;
 	desc.vm_file = file;
-	if (file->f_op->mmap_prepare && !file->f_op->mmap_prepare(&desc))
-		shmem_ops = desc.vm_ops;
+	if (!file->f_op->mmap_prepare || file->f_op->mmap_prepare(&desc))
+		desc.vm_ops = NULL;
 	fput(file);
-	return shmem_ops;
+	return desc.vm_ops;
 }
 
 /* A kernel without transparent huge pages refuses huge=always: then there is no mount. */
 int kdp_shmem_init(void)
 {
 	struct vfsmount *mount;
-	int err = PTR_ERR_OR_ZERO(find_shmem_ops());
 
-	if (err)
-		return err;
+	shmem_ops = find_shmem_ops();
+	if (IS_ERR(shmem_ops))
+		return PTR_ERR(shmem_ops);
 	mount = mount_huge();
 	if (!IS_ERR(mount))
 		huge_mount = mount;

@@ -85,7 +85,8 @@ impl CachedPage {
         }
     }
 
-    /// The same; allocates the page if it is a hole, and reads it if it was swapped out. May sleep.
+    /// Returns the page at `index` of a memfd of shmem. Allocates a hole, and reads what was swapped
+    /// out. May sleep.
     /// The current process pays, or `owner` for a kernel thread.
     pub(crate) fn get(memfd: &Memfd, index: u64, owner: &Memcg) -> Result<Self> {
         // SAFETY: As in `find()`; the memory cgroup is valid, or null.

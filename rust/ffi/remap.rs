@@ -223,10 +223,11 @@ impl Remapper {
     /// The current thread [`is_ours`](Self::is_ours), and `vma` is a new area.
     pub(super) unsafe fn put_back(&self, vma: *mut bindings::vm_area_struct) {
         let before = self.flags.load(Relaxed);
-        // The file of a native area is on another mount than the memslot's file, which may be noexec. A seal
-        // may have forbidden that the old area is ever written.
+        // The file of a native area is on another mount than the memslot's file, which may be
+        // noexec. A seal may have forbidden that the old area is ever written.
         let never = !before & (flags::MAYEXEC | flags::MAYWRITE);
-        // SAFETY: The area is new, so nobody else has it. It is not writable where the old one never was.
+        // SAFETY: The area is new, so nobody else has it. It is not writable where the old one
+        // never was.
         unsafe { c::kdp_vma_change_flags(vma, before & PUT_BACK, never) };
     }
 }

@@ -102,9 +102,9 @@ impl Gate {
             // SAFETY: As above.
             Until::Kill => unsafe { bindings::wait_for_completion_killable(done) },
             Until::Second => {
+                let second = msecs_to_jiffies(1000);
                 // SAFETY: As above.
-                let left =
-                    unsafe { bindings::wait_for_completion_timeout(done, msecs_to_jiffies(1000)) };
+                let left = unsafe { bindings::wait_for_completion_timeout(done, second) };
                 return left > 0;
             }
         };

@@ -22,7 +22,7 @@ impl LoopDevice {
         Self::with(&[], file.as_ref().as_os_str())
     }
 
-    /// The same, which can be read only.
+    /// A device over a file, which can only be read.
     pub fn read_only(file: impl AsRef<Path>) -> Result<Self> {
         Self::with(&["--read-only"], file.as_ref().as_os_str())
     }

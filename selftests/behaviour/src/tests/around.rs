@@ -13,7 +13,7 @@ use kdp_vmm::{Order, Touch};
 use kvm_demand_paging::{Backing, Cause, GuestMap, PageRange, State};
 
 use super::native::mapped;
-use super::shmem::Folios;
+use super::shmem::folios;
 use super::source::sourced;
 use crate::check::Result;
 use crate::guest;
@@ -46,7 +46,7 @@ const ABSENT: u64 = 509;
 /// A memslot of two blocks, with one absent page in each. On shmem the memfd has small folios.
 fn nearly_whole(backing: Backing) -> Result<Arc<Slot>> {
     let _folios = match backing {
-        Backing::Shmem => Some(Folios::set("never")?),
+        Backing::Shmem => Some(folios("never")?),
         Backing::Huge2M | Backing::Huge1G => None,
     };
     let slot = Slot::new(backing, 2 * BLOCK)?;
@@ -143,11 +143,12 @@ fn leaves_absent_neighbours(backing: Backing) -> Result {
     Ok(())
 }
 
-/// On shmem the kernel has folios of all sizes: of one that holds present and absent pages the present ones are mapped.
+/// On shmem the kernel has folios of all sizes. If one holds present and absent pages, a fault maps
+/// the present ones.
 fn leaves_absent_pages_of_folios() -> Result {
     const PRESENT: [u64; 5] = [1, 16, 17, 20, 27];
     let sizes = "/sys/kernel/mm/transparent_hugepage/hugepages-";
-    let _none = Folios::set("never")?;
+    let _none = folios("never")?;
     for kib in [16, 64, 2048] {
         let _folios = Setting::set(format!("{sizes}{kib}kB/shmem_enabled"), "always")?;
         let slot = Slot::new(Backing::Shmem, BLOCK)?;

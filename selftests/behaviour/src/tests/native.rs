@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kvm_demand_paging::{abi, Backing, Memfd, Memslot, PageRange, State, Vm, Who};
 
-use super::shmem::Folios;
+use super::shmem::folios;
 use crate::check::{skip, Result};
 use crate::content;
 use crate::guest;
@@ -376,12 +376,12 @@ pub(super) fn mapped(slot: &Slot) -> Result<Vec<u64>> {
 
 /// Of a folio of 2 MiB only the page is mapped that was touched, whatever asks for more.
 fn no_neighbour_is_mapped() -> Result {
-    let folios = Folios::set("always")?;
+    let setting = folios("always")?;
     let slot = native(BLOCK)?;
     slot.alias.write(0, &content::bytes(0, 1))?;
     slot.place(77, 1)?;
     slot.check(77, 1)?;
-    drop(folios);
+    drop(setting);
     ensure_eq!(mapped(&slot)?, [77], "mapped pages");
     let len = (BLOCK * PAGE) as usize;
     let at = slot.address(0).cast::<u8>();
@@ -403,12 +403,12 @@ fn no_neighbour_is_mapped() -> Result {
 }
 
 fn blocks_are_mapped_by_one_entry() -> Result {
-    let folios = Folios::set("always")?;
+    let setting = folios("always")?;
     let slot = native(2 * BLOCK)?;
     for page in 0..2 * BLOCK {
         slot.fill(page, 1)?;
     }
-    drop(folios);
+    drop(setting);
     let whole = PageRange {
         first: 0,
         count: BLOCK,
@@ -448,12 +448,12 @@ fn blocks_are_mapped_by_one_entry() -> Result {
 /// Where the host allows no huge entries, whole blocks are not mapped anew again and again.
 fn no_thrash() -> Result {
     let _setting = Setting::set("/sys/kernel/mm/transparent_hugepage/enabled", "never")?;
-    let folios = Folios::set("always")?;
+    let setting = folios("always")?;
     let slot = native(BLOCK)?;
     for page in 0..BLOCK {
         slot.fill(page, 1)?;
     }
-    drop(folios);
+    drop(setting);
     slot.mark_range(
         State::Present,
         PageRange {
@@ -568,14 +568,14 @@ fn vcpu_waits_and_is_killed() -> Result {
 /// was mapped anew.
 fn read_only_stays_so() -> Result {
     const NAME: &str = "native-read-only";
-    let folios = Folios::set("always")?;
+    let setting = folios("always")?;
     let slot = Slot::with(Backing::Shmem, BLOCK, |builder| {
         builder.paging(true).name(NAME)
     })?;
     for page in 0..BLOCK {
         slot.fill(page, 1)?;
     }
-    drop(folios);
+    drop(setting);
     let file = File::open(Memslot::path(NAME))?;
     let len = (BLOCK * PAGE) as usize;
     // Aligned, so that one entry can map it.

@@ -13,6 +13,7 @@ use kvm_demand_paging::{Backing, Memfd, PageRange, Paging, State, Vm};
 use super::collapse::random_guests_on;
 use crate::check::{skip, Result};
 use crate::guest;
+use crate::numa::Setting;
 use crate::slot::{Slot, BLOCK, GPA, ID, PAGE};
 use crate::sys::{self, Touched};
 use crate::tables::{kvm_pages, page_tables};
@@ -38,28 +39,9 @@ tests! {
 
 const BLOCKS: u64 = 4;
 
-/// Which folios shmem allocates for files without a name, as long as this lives.
-pub(super) struct Folios(String);
-
-const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-
-impl Folios {
-    pub(super) fn set(value: &str) -> Result<Self> {
-        if !fs::exists(SETTING)? {
-            return skip("this kernel has no huge pages in shmem");
-        }
-        let all = fs::read_to_string(SETTING)?;
-        let old = all.split(['[', ']']).nth(1).unwrap_or("never").to_owned();
-        fs::write(SETTING, value)?;
-        Ok(Self(old))
-    }
-}
-
-impl Drop for Folios {
-    fn drop(&mut self) {
-        // The next test that cares sets it itself.
-        let _ = fs::write(SETTING, &self.0);
-    }
+/// Sets which folios shmem allocates for files without a name, as long as the result lives.
+pub(super) fn folios(value: &str) -> Result<Setting> {
+    Setting::set("/sys/kernel/mm/transparent_hugepage/shmem_enabled", value)
 }
 
 /// Huge pages of shmem in the machine.
@@ -76,7 +58,7 @@ fn huge_pages() -> Result<u64> {
 
 /// Has the memfd allocate pages, in large folios or in small ones.
 fn allocate(memfd: &Memfd, range: PageRange, large: bool) -> Result {
-    let _folios = Folios::set(if large { "always" } else { "never" })?;
+    let _folios = folios(if large { "always" } else { "never" })?;
     let before = huge_pages()?;
     // SAFETY: it allocates pages of a file.
     sys::check(unsafe {
@@ -411,7 +393,7 @@ fn small_folios_are_left_alone() -> Result {
 /// A file of KDP_MEMFD has folios of 2 MiB although the host's settings give none to memfds. The
 /// module maps each whole block by one entry, and `kdp stat` shows that.
 fn file_is_huge() -> Result {
-    let _folios = Folios::set("never")?;
+    let _folios = folios("never")?;
     let vm = Vm::open()?;
     if !vm.info()?.features.huge_shmem() {
         return skip("this kernel has no transparent huge pages");
